@@ -1,0 +1,73 @@
+"""How close are two sets of samples, and how well does an energy tell them apart?
+
+Each distance is biased by the number of samples: quote it with both counts, and with its floor (data against data).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from torch import Tensor
+
+
+def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    x, y = x.detach().flatten(1).double().cpu(), y.detach().flatten(1).double().cpu()
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"samples of {x.shape[1]} and of {y.shape[1]} numbers cannot be compared")
+    if min(len(x), len(y)) < least:
+        raise ValueError(f"too few samples: this metric needs at least {least} in each set, got {len(x)} and {len(y)}")
+    if not (bool(torch.isfinite(x).all()) and bool(torch.isfinite(y).all())):
+        raise ValueError("samples contain values that are not finite")
+    return x, y
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 1000, generator: torch.Generator | None = None) -> float:
+    """sqrt(mean over random directions of W_2^2 of the projections), in the data's units. x: (n, *d), y: (m, *d)."""
+    x, y = _pair(x, y, 2)
+    u = torch.randn(directions, x.shape[1], generator=generator, dtype=x.dtype)
+    u = u / u.norm(dim=1, keepdim=True)
+    total = 0.0
+    for part in u.split(max(1, 20_000_000 // max(len(x), len(y)))):
+        px, py = (x @ part.T).sort(0).values, (y @ part.T).sort(0).values
+        if len(x) != len(y):  # compare quantiles at the midpoints of the smaller set
+            n = min(len(x), len(y))
+            q = (torch.arange(n, dtype=x.dtype) + 0.5) / n
+            px, py = (torch.from_numpy(np.quantile(p.numpy(), q.numpy(), axis=0, method="hazen")) for p in (px, py))
+        total += float(((px - py) ** 2).mean(0).sum())
+    return (total / directions) ** 0.5
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """2 E|X-Y| - E|X-X'| - E|Y-Y'| with the unbiased within-set means (Szekely & Rizzo 2013); may dip below 0."""
+    x, y = _pair(x, y, 2)
+    n, m = len(x), len(y)
+    between = cdist(x, y).mean()
+    within = cdist(x, x).sum() / (n * (n - 1)) + cdist(y, y).sum() / (m * (m - 1))
+    return float(2 * between - within)
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^{1/2}) of features x (n, f) and y (m, f).
+
+    Name the features wherever it is quoted ("FD-pixels", "FD-ResNet20"): it is an FID only in Inception-v3's.
+    """
+    x, y = _pair(x, y, 2)
+    mx, my = x.mean(0), y.mean(0)
+    cx, cy = np.atleast_2d(np.cov(x.T)), np.atleast_2d(np.cov(y.T))
+    # tr sqrt(C_x C_y) = tr sqrt(C_x^{1/2} C_y C_x^{1/2}), whose argument is symmetric and non-negative
+    root = np.real(sqrtm(cx))
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cy @ root), 0, None)).sum()
+    return float(((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * cross)
+
+
+def auroc(normal: Tensor, anomalous: Tensor) -> float:
+    """The share of (normal, anomalous) pairs in which the anomaly has the higher energy. Both (n,)."""
+    from sklearn.metrics import roc_auc_score
+
+    scores = torch.cat([normal.flatten(), anomalous.flatten()]).detach().cpu().double()
+    if len(normal) == 0 or len(anomalous) == 0:
+        raise ValueError(f"too few samples: AUROC needs both kinds, got {len(normal)} normal and {len(anomalous)} anomalous")
+    labels = np.r_[np.zeros(len(normal)), np.ones(len(anomalous))]
+    return float(roc_auc_score(labels, scores.numpy()))

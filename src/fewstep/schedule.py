@@ -1,0 +1,236 @@
+"""Which noise levels do we visit?   A Schedule is a monotone curve from u in [0, 1] to the noise angle theta.
+
+u is the share of the way from the noisiest level (u = 0) to sigma_min (u = 1); a grid of N steps reads the curve at
+u = 0, 1/(N-1), .., 1 and appends exact data, so one curve serves every N. Algorithm 1 of Williams et al. 2024 makes
+such a curve: u is the share of the total length, and every step of a grid costs the same.
+
+Angles are stored because they belong to no path and are finite on every one; the curve is interpolated by a monotone
+cubic (Fritsch-Carlson) in log tan(theta/2), which is log sigma at the clean end and still finite at pure noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+
+from fewstep.path import HALF_PI, Path, as_time
+
+FORMAT, VERSION = "fewstep.schedule", 1
+KNOTS = 1025  # of a named schedule's curve: its grids are then within 1e-6 of the formula
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """u: (k,) rising from 0 to 1; theta: (k,) falling strictly within (0, pi/2].
+
+    pure_noise: every grid starts at theta = pi/2 instead of theta[0]; for a curve learned up to a finite sigma_max on
+    a path whose noisy end has alpha = 0. provenance: how the curve came about, kept in the file.
+    """
+
+    u: Tensor
+    theta: Tensor
+    name: str = "custom"
+    pure_noise: bool = False
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        u, theta = as_time(self.u), as_time(self.theta)
+        object.__setattr__(self, "u", u)
+        object.__setattr__(self, "theta", theta)
+        if u.ndim != 1 or u.shape != theta.shape or len(u) < 2:
+            raise ValueError(f"a schedule needs u and theta of one length >= 2, got {tuple(u.shape)} and {tuple(theta.shape)}")
+        if not (bool(torch.isfinite(u).all()) and bool(torch.isfinite(theta).all())):
+            raise ValueError("a schedule's u and theta must be finite")
+        if u[0] != 0 or u[-1] != 1:
+            raise ValueError(f"u must run from 0 to 1, got {float(u[0])} to {float(u[-1])}")
+        _require_monotone("u", u, rising=True)
+        _require_monotone("theta", theta, rising=False)
+        if not (theta[0] <= HALF_PI and theta[-1] > 0):
+            raise ValueError(f"theta must lie in (0, pi/2], got {float(theta[0])} to {float(theta[-1])}")
+
+    def angles(self, steps: int) -> Tensor:
+        """`steps` strictly decreasing angles and a trailing 0: (steps + 1,), float64."""
+        if int(steps) != steps or steps < 1:
+            raise ValueError(f"steps must be a whole number >= 1, got {steps}")
+        theta = self.at(torch.linspace(0, 1, int(steps), dtype=torch.float64))
+        if self.pure_noise:
+            theta[0] = HALF_PI
+        return torch.cat([theta, theta.new_zeros(1)])
+
+    def at(self, u: Tensor) -> Tensor:
+        """The curve read off at u in [0, 1]; exact at the knots' ends."""
+        bent = np.log(np.tan(self.theta.numpy() / 2))
+        theta = 2 * torch.atan(torch.from_numpy(np.exp(PchipInterpolator(self.u.numpy(), bent)(u.numpy()))))
+        theta[u == 0], theta[u == 1] = self.theta[0], self.theta[-1]
+        return theta
+
+    def sigmas(self, steps: int) -> Tensor:
+        """`steps` strictly decreasing levels sigma/alpha and a trailing 0: (steps + 1,), float64; N steps of a solver.
+
+        Raises ValueError where the grid starts from pure noise (sigma/alpha infinite): use `times` there.
+        """
+        theta = self.angles(steps)
+        if theta[0] > HALF_PI - 1e-12:
+            raise ValueError(
+                f"schedule {self.name!r} starts from pure noise, where sigma/alpha is infinite; use .times(path, steps)"
+            )
+        return torch.tan(theta)
+
+    def times(self, path: Path, steps: int) -> Tensor:
+        """The same levels as times of a path: (steps + 1,) strictly decreasing, last one 0.
+
+        Raises ValueError where the path has no level as noisy as the grid's first.
+        """
+        theta = self.angles(steps)
+        widest = float(path.angle(1.0))
+        if theta[0] > widest + 1e-9:
+            raise ValueError(
+                f"schedule {self.name!r} starts at noise angle {float(theta[0]):.6g}, but {path} ends at {widest:.6g}; "
+                f"make the schedule for sigma_max <= {path.sigma_max:.6g}"
+            )
+        times = path.time(theta)
+        _require_monotone("times", times, rising=False)
+        return times
+
+    def blend(self, other: Schedule, gamma: float) -> Schedule:
+        """A curve gamma of the way from this one to the other, in log tan(theta/2) at equal u (Algorithm 2's blend)."""
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+        u = torch.unique(torch.cat([self.u, other.u]))
+        bent = [torch.log(torch.tan(s.at(u) / 2)) for s in (self, other)]
+        theta = 2 * torch.atan(torch.exp((1 - gamma) * bent[0] + gamma * bent[1]))
+        provenance = {"blend": gamma, "of": [self.provenance, other.provenance]}
+        return Schedule(u, theta, f"blend of {self.name} and {other.name}", self.pure_noise, provenance)
+
+    def save(self, file: str | File) -> None:
+        """Versioned JSON, written whole or not at all."""
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "pure_noise": self.pure_noise,
+            "u": self.u.tolist(),
+            "theta": self.theta.tolist(),
+            "provenance": self.provenance,
+        }
+        draft = File(f"{file}.part")
+        draft.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(draft, file)
+
+    @classmethod
+    def load(cls, file: str | File) -> Schedule:
+        """Raises ValueError, naming the file and the fault, for anything that is not a schedule of this format."""
+        try:
+            document = json.loads(File(file).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not a schedule: it is not JSON ({error})") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f'{file} is not a schedule: it lacks "format": "{FORMAT}"')
+        if document.get("version") != VERSION:
+            raise ValueError(f"{file} has version {document.get('version')}; this fewstep reads version {VERSION}: upgrade")
+        try:
+            return cls(**{k: document[k] for k in ("u", "theta", "name", "pure_noise", "provenance")})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is a damaged schedule: {error}") from error
+
+
+def _require_monotone(name: str, values: Tensor, rising: bool) -> None:
+    wrong = (values.diff() <= 0) if rising else (values.diff() >= 0)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0]) + 1
+        verb, sign = ("increase", "<=") if rising else ("decrease", ">=")
+        a, b = float(values[i]), float(values[i - 1])
+        left, right = (a, b) if rising else (a, b)
+        raise ValueError(f"{name} must strictly {verb}; {name}[{i}]={left:.6g} {sign} {name}[{i - 1}]={right:.6g}")
+
+
+# --- learned from costs -------------------------------------------------------------------------------------------
+
+
+def step_lengths(costs: Tensor, order: float = 2) -> Tensor:
+    """cost^{1/order}: the length of each step. order 2: corrector cost; 2(p+1): predictor of order p.
+
+    Costs below 1e-12 of the largest are raised to that, so that the curve stays strictly monotone.
+    """
+    costs = as_time(costs)
+    bad = ~torch.isfinite(costs) | (costs < 0)
+    if bool(bad.any()):
+        raise ValueError(f"costs must be finite and >= 0; cost {int(bad.nonzero()[0])} is {float(costs[bad][0])}")
+    if float(costs.max()) == 0:
+        raise ValueError("all costs are zero: the model's score does not depend on the level")
+    return costs.clamp(min=1e-12 * float(costs.max())) ** (1 / order)
+
+
+def from_costs(theta: Tensor, costs: Tensor, order: float = 2, **about: Any) -> Schedule:
+    """The constant-cost curve through the levels theta (k,), given the costs (k-1,) of the steps between them."""
+    lengths = step_lengths(costs, order)
+    u = torch.cat([lengths.new_zeros(1), lengths.cumsum(0) / lengths.sum()])
+    u[-1] = 1.0
+    return Schedule(u, theta, **about)
+
+
+def equalise(theta: Tensor, costs: Tensor, points: int | None = None, order: float = 2) -> Tensor:
+    """Algorithm 1 of Williams et al. 2024: from levels theta (k,), noisiest first, and step costs (k-1,), the `points`
+    (default k) levels between the same ends whose steps all cost the same."""
+    points = len(theta) if points is None else points
+    return from_costs(theta, costs, order).at(torch.linspace(0, 1, points, dtype=torch.float64))
+
+
+# --- named schedules ----------------------------------------------------------------------------------------------
+
+
+def _named(name: str, sigma_min: float, sigma_max: float, theta_of_u: Callable[[Tensor], Tensor], **settings) -> Schedule:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"{name} needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    u = torch.linspace(0, 1, KNOTS, dtype=torch.float64)
+    theta = theta_of_u(u)
+    theta[0], theta[-1] = math.atan(sigma_max), math.atan(sigma_min)
+    return Schedule(u, theta, name, provenance={"named": name, "sigma_min": sigma_min, "sigma_max": sigma_max, **settings})
+
+
+def karras(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    """sigma^{1/rho} uniform (Karras et al. 2022, Eq. 5)."""
+    a, b = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return _named("karras", sigma_min, sigma_max, lambda u: torch.atan((a + u * (b - a)) ** rho), rho=rho)
+
+
+def log_linear(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
+    """log sigma uniform: Karras with rho to infinity; optimal for a point mass."""
+    a, b = math.log(sigma_max), math.log(sigma_min)
+    return _named("log_linear", sigma_min, sigma_max, lambda u: torch.atan(torch.exp(a + u * (b - a))))
+
+
+def kl_optimal(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
+    """atan sigma uniform: optimal in KL for unit-variance Gaussian data (Sabour et al. 2024, Eq. 14 ff.)."""
+    a, b = math.atan(sigma_max), math.atan(sigma_min)
+    return _named("kl_optimal", sigma_min, sigma_max, lambda u: a + u * (b - a))
+
+
+def linear(sigma_min: float = 0.002, sigma_max: float = math.inf) -> Schedule:
+    """t uniform on the linear (flow) path; by default from pure noise."""
+    a, b = 1 / (1 + 1 / sigma_max), 1 / (1 + 1 / sigma_min)
+
+    def theta(u: Tensor) -> Tensor:
+        t = a + u * (b - a)
+        return torch.atan2(t, 1 - t)
+
+    return _named("linear", sigma_min, sigma_max, theta)
+
+
+def cosine(sigma_min: float = 0.002, sigma_max: float = math.inf) -> Schedule:
+    """t uniform on the cosine path, by default from pure noise; over a finite range it is kl_optimal."""
+    a, b = math.atan(sigma_max), math.atan(sigma_min)
+    return _named("cosine", sigma_min, sigma_max, lambda u: a + u * (b - a))
+
+
+NAMED: dict[str, Callable[..., Schedule]] = {f.__name__: f for f in (karras, log_linear, kl_optimal, linear, cosine)}
