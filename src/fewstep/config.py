@@ -2,9 +2,97 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 Prediction = Literal["x0", "eps", "v", "flow", "score"]
+NetworkKind = Literal["auto", "mlp", "unet"]
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+@frozen
+class TrainConfig:
+    """How a diffusion model is trained: v-prediction on the cosine path, levels log-normal in sigma/alpha."""
+
+    iterations: Count = 5000
+    """Steps of the optimiser."""
+    batch_size: Count = 256
+    """Samples per step."""
+    lr: Positive = 1e-3
+    """Adam's rate at the start; it falls to 0 along a cosine."""
+    ema: Decay = 0.999
+    """Decay of the averaged weights, which are the ones that are used."""
+    network: NetworkKind = "auto"
+    """mlp, or unet from diffusers; auto takes the MLP up to 256 numbers per sample."""
+    width: Count | None = None
+    """Hidden units of the MLP (256), or channels of the U-Net at full resolution (32)."""
+    depth: Count | None = None
+    """Layers of the MLP (3), or resolutions of the U-Net (2)."""
+    sigma_min: Positive = 0.02
+    """Cleanest level a schedule may visit before exact data, as sigma/alpha."""
+    sigma_max: Positive = 40.0
+    """Noisiest level, as sigma/alpha."""
+    level_mean: float = -0.5
+    """Mean of log(sigma/alpha) over the training levels."""
+    level_std: Positive = 1.4
+    """Its standard deviation."""
+    seed: int = 0
+    """Seed of the weights, the levels and the noise."""
+
+
+@frozen
+class LearnConfig:
+    """How a schedule is learned; 2 (probes - 1) draws evaluations of the network."""
+
+    cost: Literal["corrector"] = "corrector"
+    """What a step costs: the corrector-optimised cost of Williams et al. 2024."""
+    probes: Annotated[int, Field(ge=3)] = 100
+    """Levels at which the cost is probed."""
+    draws: Annotated[int, Field(ge=4)] = 64
+    """Independent draws of data and noise per step between probes."""
+    sigma_min: Positive | None = None
+    """Cleanest level, as sigma/alpha; the model's own if not given."""
+    sigma_max: Positive | None = None
+    """Noisiest level, as sigma/alpha; the model's own if not given."""
+    batch_size: Count = 512
+    """Samples per call of the network."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+@frozen
+class FinetuneConfig:
+    """How a few-step sampler and its energy are learned together (DxMI). Costs are means per dimension, in nats."""
+
+    iterations: Count = 2000
+    """Iterations: each one rollout, one step of the value and energy, one step of the sampler."""
+    batch_size: Count = 128
+    """Rollouts, and data, per iteration."""
+    lr: Positive = 1e-4
+    """Adam's rate for the sampler's network. All rates fall linearly over the second half."""
+    lr_std: Positive = 1e-2
+    """Adam's rate for the log of the step noises (the paper: 100 times the sampler's)."""
+    lr_value: Positive = 1e-3
+    """Adam's rate for the value and energy (above the sampler's)."""
+    tau: NotNegative = 0.05
+    """Temperature: weight of the entropy and velocity costs, per dimension. 0.05 chosen on the 8 Gaussians."""
+    gamma: NotNegative = 1.0
+    """Weight of the energy's square, which bounds it."""
+    velocity_decay: Decay = 0.99
+    """Decay of the running mean square velocity (the paper's a)."""
+    ema: Decay = 0.995
+    """Decay of the averaged sampler and value, which are the ones that are used."""
+    clip: Positive = 1.0
+    """Largest norm of the gradient of the sampler's network."""
+    last_std: NotNegative = 0.02
+    """Noise of the last step, fixed; 0 makes it deterministic, and then without running cost."""
+    seed: int = 0
+    """Seed of the value's weights, the data's order and the noise."""

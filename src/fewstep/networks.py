@@ -7,12 +7,14 @@ value(x, i) with the step index i and returns (b,).
 from __future__ import annotations
 
 import math
-from typing import Literal
+
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["auto", "mlp", "unet"]
+from fewstep.config import NetworkKind
+
+
 MLP_UP_TO = 256  # numbers per sample; beyond that "auto" takes a U-Net
 
 
@@ -80,7 +82,7 @@ class UNetDenoiser(nn.Module):
         return self.unet(x, 1000 * t, return_dict=False)[0]
 
 
-def make_denoising_net(shape: tuple[int, ...], kind: Kind, width: int | None = None, depth: int | None = None) -> nn.Module:
+def make_denoising_net(shape: tuple[int, ...], kind: NetworkKind, width: int | None = None, depth: int | None = None) -> nn.Module:
     """The network of `train` for samples of this shape; "auto" takes an MLP up to 256 numbers, else a U-Net."""
     if kind == "auto":
         kind = "mlp" if math.prod(shape) <= MLP_UP_TO else "unet"

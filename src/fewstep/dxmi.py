@@ -1,0 +1,166 @@
+"""Learn what each step does: a few-step sampler and an energy, jointly, by maximum-entropy inverse reinforcement learning.
+
+    min over E, max over pi    E_data[E(x)] - E_pi[E(x_N)] + tau H(pi)                     (DxMI, Yoon et al. 2024)
+
+solved by dynamic programming (DxDP) along the sampler's own rollouts x_0 .. x_N, noise to data: no teacher, no
+back-propagation through the chain, no MCMC. Per iteration, on one batch of fresh rollouts:
+
+    energy   mean E(data) - mean E(x_N) + gamma (mean E(data)^2 + mean E(x_N)^2)
+    value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once, with E = V(., N)
+    sampler  V(x'_{i+1}, i+1) + c_i,  x'_{i+1} redrawn from the policy, gradient through one transition only
+    c_i    = tau ( -log std_i + |x_i - k_i x_{i+1}|^2 / (2 s_i^2) )     running cost, mean per dimension
+
+c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper
+takes k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not
+charge for the rescaling of the others; s_i^2 starts at that kernel's variance and then follows the running mean square
+(adaptive velocity regularisation). A step without noise has no running cost.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fewstep.config import FinetuneConfig
+from fewstep.energy import Value
+from fewstep.path import broadcast
+from fewstep.sampler import Sampler
+
+
+class FinetuneState:
+    """All that the next iteration needs. `averaged.module` is the sampler to use, `averaged_value.module` its energy."""
+
+    def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig):
+        if value.steps != sampler.steps:
+            raise ValueError(f"the value is made for {value.steps} steps, the sampler takes {sampler.steps}")
+        self.config, self.sampler, self.value = config, sampler, value
+        average = get_ema_multi_avg_fn(config.ema)
+        self.averaged = AveragedModel(sampler, multi_avg_fn=average)
+        self.averaged_value = AveragedModel(value, multi_avg_fn=average)
+        self.sampler_optimiser = torch.optim.Adam(
+            [{"params": list(sampler.denoiser.parameters()), "lr": config.lr}, {"params": [sampler.log_std], "lr": config.lr_std}]
+        )
+        self.value_optimiser = torch.optim.Adam(value.parameters(), lr=config.lr_value)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step = 0
+
+        path, t, s = sampler.path, sampler.times[:-1].cpu(), sampler.times[1:].cpu()
+        back = path.alpha(t) / path.alpha(s)
+        self.back_scale = back.to(sampler.log_std)
+        self.back_variance = (path.sigma(t) ** 2 - (back * path.sigma(s)) ** 2).to(sampler.log_std)
+        self.noisy = (sampler.std() > 0).detach()
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "sampler": self.sampler,
+            "value": self.value,
+            "averaged": self.averaged,
+            "averaged_value": self.averaged_value,
+            "sampler_optimiser": self.sampler_optimiser,
+            "value_optimiser": self.value_optimiser,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"generator": self.generator.get_state(), "back_variance": self.back_variance, "step": self.step}
+        return {name: part.state_dict() for name, part in self._parts.items()} | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"])
+        self.back_variance = state["back_variance"].to(self.back_variance)
+        self.step = state["step"]
+
+
+def running_cost(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor, std: Tensor) -> Tensor:
+    """c_i of transitions x -> x_next (b, *d) in steps i (b,) with noise std (b,): (b,), nats, mean per dimension."""
+    squared = ((x - broadcast(state.back_scale[i], x) * x_next) ** 2).flatten(1).mean(1)
+    entropy = -torch.where(state.noisy[i], std, 1.0).log()
+    return state.config.tau * state.noisy[i] * (entropy + squared / (2 * state.back_variance[i]))
+
+
+def value_step(state: FinetuneState, data: Tensor, i: Tensor, x: Tensor, x_next: Tensor) -> dict[str, float]:
+    """One step of energy and value together, on data (b, *d) and the transitions x -> x_next (N b, *d) of steps i."""
+    config, value = state.config, state.value
+    generated = x_next[i == state.sampler.steps - 1]
+    with torch.no_grad():
+        target = value(x_next, i + 1) + running_cost(state, i, x, x_next, state.sampler.std()[i])
+    of_data, of_generated = value.energy(data), value.energy(generated)
+    gap = of_data.mean() - of_generated.mean()
+    energy_loss = gap + config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
+    value_loss = ((target - value(x, i)) ** 2).mean()
+    state.value_optimiser.zero_grad()
+    # every step's value is a network of its own in the paper: a mean over steps would slow each down N times
+    (energy_loss + state.sampler.steps * value_loss).backward()
+    state.value_optimiser.step()
+    return {
+        "energy_data": float(of_data.detach().mean()),
+        "energy_generated": float(of_generated.detach().mean()),
+        "value_loss": float(value_loss.detach()),
+    }
+
+
+def sampler_step(state: FinetuneState, i: Tensor, x: Tensor) -> dict[str, float]:
+    """One step of the sampler on states x (N b, *d) at steps i: expected value of the next state plus running cost."""
+    transition = state.sampler.step(x, i)
+    x_next = transition.draw(state.generator)
+    state.value.requires_grad_(False)
+    to_go = state.value(x_next, i + 1).mean()
+    cost = running_cost(state, i, x, x_next, transition.std).mean()
+    state.sampler_optimiser.zero_grad()
+    (state.sampler.steps * (to_go + cost)).backward()
+    state.value.requires_grad_(True)
+    norm = nn.utils.clip_grad_norm_(state.sampler.denoiser.parameters(), state.config.clip)
+    state.sampler_optimiser.step()
+    return {"value_next": float(to_go.detach()), "running_cost": float(cost.detach()), "gradient_norm": float(norm)}
+
+
+def iterate(state: FinetuneState, data: Tensor) -> dict[str, float]:
+    """One iteration: rollout, value and energy, sampler, averages. data: a batch (b, *d)."""
+    config, sampler = state.config, state.sampler
+    left = min(1.0, 2 * (1 - state.step / config.iterations))
+    for optimiser, rates in ((state.sampler_optimiser, (config.lr, config.lr_std)), (state.value_optimiser, (config.lr_value,))):
+        for group, lr in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = lr * left
+
+    states = sampler.rollout(sampler.start(len(data), tuple(data.shape[1:]), state.generator), state.generator)
+    x, x_next = states[:-1].flatten(0, 1), states[1:].flatten(0, 1)
+    i = torch.arange(sampler.steps, device=x.device).repeat_interleave(len(data))
+    squared = ((x - broadcast(state.back_scale[i], x) * x_next) ** 2).flatten(1).mean(1).reshape(sampler.steps, -1).mean(1)
+    state.back_variance.lerp_(squared, 1 - config.velocity_decay)
+
+    metrics = value_step(state, data, i, x, x_next) | sampler_step(state, i, x)
+    state.averaged.update_parameters(sampler)
+    state.averaged_value.update_parameters(state.value)
+    state.step += 1
+    metrics["energy_gap"] = metrics["energy_data"] - metrics["energy_generated"]
+    metrics["sample_std"] = float(states[-1].std())
+    metrics |= {f"step_noise_{k}": float(std) for k, std in enumerate(sampler.std().detach())}
+    return metrics
+
+
+def finetune(state: FinetuneState, data: Tensor) -> Iterator[dict[str, float]]:
+    """Run from state.step to the configured number of iterations over data (n, *d); yields the metrics of each.
+
+    Raises ValueError, naming the metric and the iteration, as soon as one is not finite.
+    """
+    while state.step < state.config.iterations:
+        rows = torch.randint(len(data), (state.config.batch_size,), generator=state.generator)
+        metrics = iterate(state, data[rows.to(data.device)])
+        for name, value in metrics.items():
+            if not abs(value) < float("inf"):
+                raise ValueError(f"{name} is not finite at iteration {state.step}: lower --lr and --lr-value")
+        yield metrics
+
+
+def make_state(sampler: Sampler, config: FinetuneConfig, shape: tuple[int, ...]) -> FinetuneState:
+    """A fresh state: a trainable copy of the sampler, and a new value for samples of this shape."""
+    torch.manual_seed(config.seed)
+    own = copy.deepcopy(sampler).requires_grad_(True)
+    return FinetuneState(own, Value(shape, own.steps).to(own.log_std.device), config)
