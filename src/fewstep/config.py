@@ -74,6 +74,8 @@ class FinetuneConfig:
 
     iterations: Count = 2000
     """Iterations: each one rollout, one step of the value and energy, one step of the sampler."""
+    warmup: Annotated[int, Field(ge=0)] = 200
+    """Iterations at the start in which only the value and energy learn, so that the sampler has something to follow."""
     batch_size: Count = 128
     """Rollouts, and data, per iteration."""
     lr: Positive = 1e-4
@@ -86,8 +88,10 @@ class FinetuneConfig:
     """Temperature: weight of the entropy and velocity costs, per dimension. 0.05 chosen on the 8 Gaussians."""
     gamma: NotNegative = 1.0
     """Weight of the energy's square, which bounds it."""
-    velocity_decay: Decay = 0.99
-    """Decay of the running mean square velocity (the paper's a)."""
+    velocity_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """Decay of the running mean square velocity (the paper's a); 1 keeps the path's own."""
+    momentum: Decay = 0.9
+    """Adam's first moment decay, of all three."""
     ema: Decay = 0.995
     """Decay of the averaged sampler and value, which are the ones that are used."""
     clip: Positive = 1.0

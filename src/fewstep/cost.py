@@ -50,10 +50,12 @@ def corrector_costs(
         x = path.noised(datum, noise, noisier)
         given = {k: v[rows.to(v.device)] for k, v in cond.items()} if cond else None
         with torch.no_grad():
-            change = to_score(denoiser(x, cleaner, given), x, path, cleaner) - to_score(denoiser(x, noisier, given), x, path, noisier)
+            before = to_score(denoiser(x, noisier, given), x, path, noisier)
+            change = to_score(denoiser(x, cleaner, given), x, path, cleaner) - before
         weighted = (broadcast(path.sigma(cleaner), x) * change).flatten(1).double()
         costs[at] = (weighted**2).sum(1).cpu()
         if not bool(torch.isfinite(costs[at]).all()):
             bad = int(step[at][~torch.isfinite(costs[at])][0])
-            raise ValueError(f"the model's score is not finite between sigma {float(path.ratio(times[bad])):.4g} and {float(path.ratio(times[bad + 1])):.4g}")
+            high, low = path.ratio(times[bad]), path.ratio(times[bad + 1])
+            raise ValueError(f"the model's score is not finite between sigma/alpha {high:.4g} and {low:.4g}")
     return costs.reshape(steps, draws)

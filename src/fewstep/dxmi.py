@@ -43,9 +43,11 @@ class FinetuneState:
         self.averaged = AveragedModel(sampler, multi_avg_fn=average)
         self.averaged_value = AveragedModel(value, multi_avg_fn=average)
         self.sampler_optimiser = torch.optim.Adam(
-            [{"params": list(sampler.denoiser.parameters()), "lr": config.lr}, {"params": [sampler.log_std], "lr": config.lr_std}]
+            [{"params": list(sampler.denoiser.parameters())}, {"params": [sampler.log_std]}],
+            lr=config.lr,
+            betas=(config.momentum, 0.999),
         )
-        self.value_optimiser = torch.optim.Adam(value.parameters(), lr=config.lr_value)
+        self.value_optimiser = torch.optim.Adam(value.parameters(), lr=config.lr_value, betas=(config.momentum, 0.999))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
 
@@ -78,11 +80,16 @@ class FinetuneState:
         self.step = state["step"]
 
 
+def squared_velocity(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+    """|x_i - k_i x_{i+1}|^2 of transitions x -> x_next (b, *d) in steps i (b,): (b,), mean per dimension."""
+    return ((x - broadcast(state.back_scale[i], x) * x_next) ** 2).flatten(1).mean(1)
+
+
 def running_cost(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor, std: Tensor) -> Tensor:
     """c_i of transitions x -> x_next (b, *d) in steps i (b,) with noise std (b,): (b,), nats, mean per dimension."""
-    squared = ((x - broadcast(state.back_scale[i], x) * x_next) ** 2).flatten(1).mean(1)
     entropy = -torch.where(state.noisy[i], std, 1.0).log()
-    return state.config.tau * state.noisy[i] * (entropy + squared / (2 * state.back_variance[i]))
+    velocity = squared_velocity(state, i, x, x_next) / (2 * state.back_variance[i])
+    return state.config.tau * state.noisy[i] * (entropy + velocity)
 
 
 def value_step(state: FinetuneState, data: Tensor, i: Tensor, x: Tensor, x_next: Tensor) -> dict[str, float]:
@@ -125,17 +132,19 @@ def iterate(state: FinetuneState, data: Tensor) -> dict[str, float]:
     """One iteration: rollout, value and energy, sampler, averages. data: a batch (b, *d)."""
     config, sampler = state.config, state.sampler
     left = min(1.0, 2 * (1 - state.step / config.iterations))
-    for optimiser, rates in ((state.sampler_optimiser, (config.lr, config.lr_std)), (state.value_optimiser, (config.lr_value,))):
-        for group, lr in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = lr * left
+    groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
+    for group, lr in zip(groups, (config.lr, config.lr_std, config.lr_value), strict=True):
+        group["lr"] = lr * left
 
     states = sampler.rollout(sampler.start(len(data), tuple(data.shape[1:]), state.generator), state.generator)
     x, x_next = states[:-1].flatten(0, 1), states[1:].flatten(0, 1)
     i = torch.arange(sampler.steps, device=x.device).repeat_interleave(len(data))
-    squared = ((x - broadcast(state.back_scale[i], x) * x_next) ** 2).flatten(1).mean(1).reshape(sampler.steps, -1).mean(1)
-    state.back_variance.lerp_(squared, 1 - config.velocity_decay)
+    mean_square = squared_velocity(state, i, x, x_next).reshape(sampler.steps, -1).mean(1)
+    state.back_variance.lerp_(mean_square, 1 - config.velocity_decay)
 
-    metrics = value_step(state, data, i, x, x_next) | sampler_step(state, i, x)
+    metrics = value_step(state, data, i, x, x_next)
+    if state.step >= config.warmup:
+        metrics |= sampler_step(state, i, x)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
     state.step += 1

@@ -1,8 +1,8 @@
 """From a model's own score to its schedule: probe the costs on a fine grid, then make every step cost the same.
 
-    theta_0 > .. > theta_k log-uniform in sigma/alpha    probes
-    L_i = cost of theta_i -> theta_{i+1}                 averaged over draws of data and noise
-    Lambda = sum_i L_i^{1/order}                         the length of the curve; a grid's error falls as Lambda/N
+theta_0 > .. > theta_k log-uniform in sigma/alpha    probes
+L_i = cost of theta_i -> theta_{i+1}                 averaged over draws of data and noise
+Lambda = sum_i L_i^{1/order}                         the length of the curve; a grid's error falls as Lambda/N
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
@@ -57,7 +56,8 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     mx, my = x.mean(0), y.mean(0)
     cx, cy = np.atleast_2d(np.cov(x.T)), np.atleast_2d(np.cov(y.T))
     # tr sqrt(C_x C_y) = tr sqrt(C_x^{1/2} C_y C_x^{1/2}), whose argument is symmetric and non-negative
-    root = np.real(sqrtm(cx))
+    values, vectors = np.linalg.eigh(cx)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cy @ root), 0, None)).sum()
     return float(((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * cross)
 

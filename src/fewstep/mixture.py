@@ -75,7 +75,9 @@ class Mixture(Denoiser):
         return (self.means[which] + self.stds[which] * noise).to(dtype).reshape(n, *(self.shape or ()))
 
 
-def ring(modes: int = 8, radius: float = 4 / math.sqrt(2), std: float = 0.5 / math.sqrt(2), path: Path | None = None) -> Mixture:
+def ring(
+    modes: int = 8, radius: float = 4 / math.sqrt(2), std: float = 0.5 / math.sqrt(2), path: Path | None = None
+) -> Mixture:
     """Equal Gaussians on a circle; the defaults are the 8 Gaussians of the DxMI paper (radius 2.829, std 0.354)."""
     angles = torch.arange(modes, dtype=torch.float64) * 2 * math.pi / modes
     return Mixture(radius * torch.stack([angles.cos(), angles.sin()], 1), std, path=path)

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 
-
 import torch
 from torch import Tensor, nn
 
 from fewstep.config import NetworkKind
-
 
 MLP_UP_TO = 256  # numbers per sample; beyond that "auto" takes a U-Net
 
 
 def features_of_time(t: Tensor, width: int) -> Tensor:
     """Sines and cosines of t at periods from 2 down to 1/500, log-spaced: (b,) -> (b, width)."""
-    frequency = torch.exp(torch.linspace(math.log(math.pi), math.log(1000 * math.pi), width // 2, device=t.device, dtype=t.dtype))
-    angle = t[:, None] * frequency
+    log_frequency = torch.linspace(math.log(math.pi), math.log(1000 * math.pi), width // 2, device=t.device, dtype=t.dtype)
+    angle = t[:, None] * log_frequency.exp()
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
@@ -82,7 +80,9 @@ class UNetDenoiser(nn.Module):
         return self.unet(x, 1000 * t, return_dict=False)[0]
 
 
-def make_denoising_net(shape: tuple[int, ...], kind: NetworkKind, width: int | None = None, depth: int | None = None) -> nn.Module:
+def make_denoising_net(
+    shape: tuple[int, ...], kind: NetworkKind, width: int | None = None, depth: int | None = None
+) -> nn.Module:
     """The network of `train` for samples of this shape; "auto" takes an MLP up to 256 numbers, else a U-Net."""
     if kind == "auto":
         kind = "mlp" if math.prod(shape) <= MLP_UP_TO else "unet"

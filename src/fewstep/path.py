@@ -139,7 +139,7 @@ class VP(Path):
 
     def time(self, theta):
         # log alpha = log cos theta is a quadratic in t; this form of its root does not cancel at t = 0
-        fall = -torch.log1p(-torch.sin(as_time(theta)) ** 2) / 2
+        fall = -torch.log1p(-(torch.sin(as_time(theta)) ** 2)) / 2
         t = 2 * fall / (self.beta_min / 2 + torch.sqrt(self.beta_min**2 / 4 + (self.beta_max - self.beta_min) * fall))
         return torch.where(as_time(theta) >= math.atan(self.sigma_max), torch.ones_like(t), t)
 

@@ -149,9 +149,7 @@ def _require_monotone(name: str, values: Tensor, rising: bool) -> None:
     if bool(wrong.any()):
         i = int(wrong.nonzero()[0]) + 1
         verb, sign = ("increase", "<=") if rising else ("decrease", ">=")
-        a, b = float(values[i]), float(values[i - 1])
-        left, right = (a, b) if rising else (a, b)
-        raise ValueError(f"{name} must strictly {verb}; {name}[{i}]={left:.6g} {sign} {name}[{i - 1}]={right:.6g}")
+        raise ValueError(f"{name} must strictly {verb}; {name}[{i}]={values[i]:.6g} {sign} {name}[{i - 1}]={values[i - 1]:.6g}")
 
 
 # --- learned from costs -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ a generator function that yields x after every step; `solve` runs one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def ancestral_std(path: Path, t: Tensor, s: Tensor) -> Tensor:
 
 def euler(predict: Predict, x: Tensor, path: Path, times: Tensor, draw: Callable[[Tensor], Tensor]) -> Steps:
     """DDIM (Song et al. 2021), which is Euler's method in sigma/alpha: order 1, N evaluations."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = predict(x, t)
         x = update(x0, to_eps(x0, x, path, t), path, s)
         yield x
@@ -56,7 +57,7 @@ def heun(predict: Predict, x: Tensor, path: Path, times: Tensor, draw: Callable[
 
     Euler on the step to exact data, and on one from pure noise, where sigma/alpha is infinite.
     """
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = predict(x, t)
         eps = to_eps(x0, x, path, t)
         x = update(x0, eps, path, s)
@@ -68,13 +69,12 @@ def heun(predict: Predict, x: Tensor, path: Path, times: Tensor, draw: Callable[
 
 def dpmpp_2m(predict: Predict, x: Tensor, path: Path, times: Tensor, draw: Callable[[Tensor], Tensor]) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022): order 2, multistep, N evaluations; the last step to exact data is Euler's."""
-    before = None  # the previous prediction, and the step in log(alpha/sigma) that followed it
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    before: tuple[Tensor, Tensor] | None = None  # the previous prediction, and the step in log(alpha/sigma) after it
+    for t, s in pairwise(times):
         x0 = predict(x, t)
-        h = torch.log(path.ratio(t) / path.ratio(s)) if s > 0 else None
-        if before is None or h is None:
-            forward = x0
-        else:
+        h = torch.log(path.ratio(t) / path.ratio(s))  # infinite to exact data
+        forward = x0  # extrapolated from the last two predictions, where there are two
+        if before is not None and s > 0:
             forward = x0 + broadcast(h / (2 * before[1]), x) * (x0 - before[0])
         shrink = path.sigma(s) / path.sigma(t)
         x = broadcast(shrink, x) * x + broadcast(path.alpha(s) - shrink * path.alpha(t), x) * forward
@@ -84,7 +84,7 @@ def dpmpp_2m(predict: Predict, x: Tensor, path: Path, times: Tensor, draw: Calla
 
 def ancestral(predict: Predict, x: Tensor, path: Path, times: Tensor, draw: Callable[[Tensor], Tensor]) -> Steps:
     """Ancestral sampling (DDPM): stochastic, N evaluations."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = predict(x, t)
         std = ancestral_std(path, t, s)
         x = update(x0, to_eps(x0, x, path, t), path, s, std)
@@ -119,8 +119,8 @@ def solve(
         raise ValueError(f"times must be a vector of at least 2 entries, got shape {tuple(times.shape)}")
     rising = times.diff() >= 0
     if bool(rising.any()):
-        i = int(rising.nonzero()[0])
-        raise ValueError(f"times must strictly decrease; times[{i + 1}]={float(times[i + 1]):.6g} >= times[{i}]={float(times[i]):.6g}")
+        i = int(rising.nonzero()[0]) + 1
+        raise ValueError(f"times must strictly decrease; times[{i}]={times[i]:.6g} >= times[{i - 1}]={times[i - 1]:.6g}")
     if times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times must lie in [0, 1], got {float(times[0]):.6g} to {float(times[-1]):.6g}")
 
@@ -139,7 +139,9 @@ def solve(
     for i, x in enumerate(SOLVERS[solver](predict, noise, denoiser.path, times, draw)):
         if not bool(torch.isfinite(x).all()):
             level = float(denoiser.path.ratio(times[i]))
-            raise ValueError(f"samples became non-finite in step {i}, from sigma/alpha = {level:.4g}: use other levels or precision")
+            raise ValueError(
+                f"samples became non-finite in step {i}, from sigma/alpha = {level:.4g}; use other levels, or float32 or better"
+            )
         if keep_trajectory:
             states.append(x)
     return Solution(x, evaluations, torch.stack(states) if keep_trajectory else None)

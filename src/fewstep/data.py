@@ -1,0 +1,202 @@
+"""Named data sets and folders of images, as tensors.
+
+Images come as float32 (n, c, h, w) in [-1, 1]; vectors as they are in the file. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path as File
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+HELD_OUT = 6  # one in six of a data set that has no test part of its own
+
+
+@dataclass(frozen=True)
+class Data:
+    """train (n, *d) and test (m, *d), float32; labels (n,) and (m,), int64, or None."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.train.shape[1:])
+
+
+def load_data(name: str, folder: str | File | None = None, size: int | None = None) -> Data:
+    """digits, mnist, fashion-mnist or cifar10 by name, or the path of a folder of images or an .npy/.npz file.
+
+    folder: where the named set's files lie (idx files, .gz or not; CIFAR-10 as npz parts with x and y, or the python
+    version's pickles); default $FEWSTEP_DATA, then ./data. size: side to which images are resized (antialiased).
+    Sets without a test part hold out every sixth sample. Raises ValueError for anything that cannot be read as samples,
+    for values that are not finite, and for fewer than 12 samples.
+    """
+    if name in NAMED:
+        train, test = NAMED[name](_folder_of(name, folder))
+        labelled = (*train, *test)
+    else:
+        source = File(name)
+        if not source.exists():
+            raise ValueError(f"no data set {name!r}: give one of {', '.join(NAMED)}, a folder of images, or an .npy/.npz file")
+        labelled = _split(*(_image_folder(source, size) if source.is_dir() else _array_file(source)))
+    x, y, x_test, y_test = labelled
+    data = Data(name, _resized(_floats(x), size), _resized(_floats(x_test), size), _labels(y), _labels(y_test))
+    for part in (data.train, data.test):
+        bad = ~torch.isfinite(part.flatten(1)).all(1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"{name}: {int(bad.sum())} of {len(part)} samples hold NaN or infinity, the first at row {int(bad.nonzero()[0])}"
+                " of its part; remove or repair them"
+            )
+    if len(data.train) < 10 or len(data.test) < 2:
+        raise ValueError(f"{name}: too few samples, {len(data.train)} + {len(data.test)}; at least 12 are needed")
+    return data
+
+
+def _folder_of(name: str, folder: str | File | None) -> File:
+    if name == "digits":  # comes with scikit-learn
+        return File()
+    root = File(folder or os.environ.get("FEWSTEP_DATA", "data"))
+    places = [root / name, root]
+    if name == "fashion-mnist" and folder is None:
+        places.append(File("/usr/share/datasets/fashion-mnist"))  # of Debian's package dataset-fashion-mnist
+    for place in places:
+        if any(place.glob(MARKS[name])):
+            return place
+    raise ValueError(
+        f"{name}: no {MARKS[name]} in {', '.join(str(p) for p in places)}; give --data-folder, or set FEWSTEP_DATA, "
+        "to the folder that holds the files"
+    )
+
+
+def _digits(_: File):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y, x_test, y_test = _split((digits.images[:, None] / 8 - 1).astype(np.float32), digits.target)
+    return (x, y), (x_test, y_test)
+
+
+def _read_idx(folder: File, pattern: str) -> np.ndarray:
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise ValueError(f"{folder} lacks {pattern}")
+    raw = gzip.open(files[0]).read() if files[0].suffix == ".gz" else files[0].read_bytes()
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{files[0]} is not an idx file of bytes")
+    sides = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    if len(values) != np.prod(sides):
+        raise ValueError(f"{files[0]} is truncated: {len(values)} of {int(np.prod(sides))} bytes")
+    return values.reshape(sides)
+
+
+def _idx(folder: File):
+    return tuple((_read_idx(folder, f"{p}*images*")[:, None], _read_idx(folder, f"{p}*labels*")) for p in ("train", "t10k"))
+
+
+def _cifar10(folder: File):
+    parts: dict[str, list] = {"train": [], "test": []}
+    for file in sorted([*folder.glob("cifar10_*.npz"), *folder.glob("data_batch_*"), *folder.glob("test_batch")]):
+        if file.suffix == ".npz":
+            with np.load(file) as npz:
+                x, y = npz["x"].transpose(0, 3, 1, 2), npz["y"]
+        else:
+            with open(file, "rb") as stream:
+                batch = _PlainUnpickler(stream, encoding="bytes").load()
+            x, y = batch[b"data"].reshape(-1, 3, 32, 32), np.array(batch[b"labels"])
+        parts["test" if "test" in file.name else "train"].append((x, y))
+    if not (parts["train"] and parts["test"]):
+        raise ValueError(f"{folder}: CIFAR-10 needs its train and its test files")
+    return tuple(tuple(np.concatenate(each) for each in zip(*parts[p], strict=True)) for p in ("train", "test"))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """CIFAR-10's python files are pickles of dicts and arrays: nothing else may be built from one."""
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise ValueError(f"refused to build {module}.{name} from a CIFAR-10 file: only arrays are expected")
+
+
+NAMED: dict[str, Callable] = {"digits": _digits, "mnist": _idx, "fashion-mnist": _idx, "cifar10": _cifar10}
+MARKS = {"mnist": "train*images*", "fashion-mnist": "train*images*", "cifar10": "*test*"}  # files that tell its folder
+
+
+def _image_folder(folder: File, size: int | None) -> tuple[np.ndarray, None]:
+    from PIL import Image
+
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES)
+    if not files:
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGES)})")
+    images = []
+    for file in files:
+        try:
+            image = Image.open(file).convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        if size is not None:  # the middle square, as large as it goes
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+        images.append(np.asarray(image).transpose(2, 0, 1))
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"{folder} holds images of {len(shapes)} different sizes; give --size to crop and resize them")
+    return np.stack(images), None
+
+
+def _array_file(file: File) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        loaded = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as an .npy or .npz array: {error}") from error
+    if isinstance(loaded, np.ndarray):
+        return loaded, None
+    for key in ("x", "X", "images", "data"):
+        if key in loaded:
+            labels = next((loaded[k] for k in ("y", "labels") if k in loaded), None)
+            return loaded[key], labels
+    raise ValueError(f"{file} holds {', '.join(loaded.files)}; the samples must be under x, X, images or data")
+
+
+def _split(x: np.ndarray, y: np.ndarray | None):
+    """Every sixth sample of a fixed shuffle is held out."""
+    order = np.random.default_rng(0).permutation(len(x))
+    test, train = order[::HELD_OUT], np.delete(order, np.s_[::HELD_OUT])
+    return x[train], None if y is None else y[train], x[test], None if y is None else y[test]
+
+
+def _floats(x: np.ndarray) -> Tensor:
+    if x.dtype.kind not in "fiub" or x.ndim < 2:
+        raise ValueError(f"samples must be an array of numbers (n, ...), got {x.dtype} of shape {x.shape}")
+    if x.dtype == np.uint8:
+        x = x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3) else x
+        x = x[:, None] if x.ndim == 3 else x
+        return torch.from_numpy(x / np.float32(127.5) - np.float32(1))
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+def _labels(y: np.ndarray | None) -> Tensor | None:
+    return None if y is None else torch.from_numpy(np.asarray(y).astype(np.int64))
+
+
+def _resized(x: Tensor, size: int | None) -> Tensor:
+    if size is None or x.shape[-1] == x.shape[-2] == size:
+        return x
+    if x.ndim != 4:
+        raise ValueError(f"--size is for images (n, c, h, w), the data has shape {tuple(x.shape)}")
+    return torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,161 @@
+"""A run folder: what was asked (config.json), how it went (metrics.jsonl), where it stands (checkpoint.safetensors).
+
+A run continues after a kill, bit for bit on the CPU, and refuses a folder that belongs to another configuration.
+Every file is written whole or not at all; tensors go into safetensors, everything else into JSON, never a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path as File
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT, VERSION = "fewstep.run", 1
+CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_FORMAT = "fewstep.checkpoint"
+
+
+class Resumable(Protocol):
+    step: int
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def write_json(file: File, document: Any) -> None:
+    draft = File(f"{file}.part")
+    draft.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(draft, file)
+
+
+def open_run(folder: str | File, command: str, config: dict[str, Any]) -> File:
+    """The folder, made for this command and configuration or found to belong to them.
+
+    Raises ValueError, naming the first difference, where it belongs to others or is no run folder; changes nothing then.
+    """
+    folder = File(folder)
+    asked = {"format": FORMAT, "version": VERSION, "command": command, "config": json.loads(json.dumps(config))}
+    if (folder / "config.json").exists():
+        found = read_config(folder)
+        if found["command"] != command:
+            raise ValueError(f"{folder} belongs to `fewstep {found['command']}`, not `fewstep {command}`; give another --out")
+        for key in sorted({*found["config"], *asked["config"]}):
+            was, now = found["config"].get(key), asked["config"].get(key)
+            if was != now:
+                raise ValueError(
+                    f"{folder} belongs to another configuration: {key} was {was!r}, now {now!r}; give another --out, or "
+                    "the same options to continue it"
+                )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a run folder of fewstep; give another --out")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", asked)
+    return folder
+
+
+def read_config(folder: str | File) -> dict[str, Any]:
+    """{"command": .., "config": ..} of a run folder; raises ValueError where it is none."""
+    file = File(folder) / "config.json"
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a run folder: it has no config.json") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{folder} is not a run folder of fewstep: its config.json is somebody else's")
+    if found.get("version") != VERSION:
+        raise ValueError(f"{folder} was written by version {found.get('version')} of the format; this fewstep reads {VERSION}")
+    return found
+
+
+def read_metrics(folder: str | File) -> list[dict[str, float]]:
+    file = File(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def resume(folder: File, state: Resumable) -> None:
+    """Load the checkpoint, if there is one, into the state, and drop the metrics that were logged after it."""
+    if (folder / CHECKPOINT).exists():
+        try:
+            state.load_state_dict(load_tree(folder / CHECKPOINT))
+        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / CHECKPOINT} does not fit this run ({error}); remove it to start over") from error
+    file = folder / "metrics.jsonl"
+    if file.exists():
+        lines = file.read_bytes().split(b"\n")[:-1]  # a kill may have left the last line half written
+        kept = [line for line in lines if json.loads(line)["step"] <= state.step]
+        draft = File(f"{file}.part")
+        draft.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(draft, file)
+
+
+def record(
+    folder: File, state: Resumable, metrics: Iterable[dict[str, float]], log_every: int = 20, save_every: int = 500
+) -> Iterator[dict[str, float]]:
+    """Pass a training loop's metrics on, logging means over `log_every` iterations and saving every `save_every`.
+
+    The last iteration is saved. What was logged since the last save is dropped by `resume`, and made again.
+    """
+    sums: dict[str, float] = {}
+    with open(folder / "metrics.jsonl", "a") as log:
+        for metrics_now in metrics:
+            sums = {name: sums.get(name, 0.0) + value for name, value in metrics_now.items()}
+            if state.step % log_every == 0:
+                log.write(json.dumps({"step": state.step} | {k: v / log_every for k, v in sums.items()}) + "\n")
+                sums = {}
+            if state.step % save_every == 0:
+                log.flush()
+                save_tree(folder / CHECKPOINT, state.state_dict())
+            yield metrics_now
+    save_tree(folder / CHECKPOINT, state.state_dict())
+
+
+def save_tree(file: File, tree: dict[str, Any]) -> None:
+    """Nested dicts and lists of tensors and plain values: tensors as safetensors, the rest as JSON in its header."""
+    tensors: dict[str, Tensor] = {}
+
+    def strip(node: Any, name: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[name] = node.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+            return {"tensor": name}
+        if isinstance(node, dict):
+            return {"dict": [[key, strip(child, f"{name}/{key}")] for key, child in node.items()]}
+        if isinstance(node, (list, tuple)):
+            return {"list": [strip(child, f"{name}/{k}") for k, child in enumerate(node)]}
+        return node
+
+    plain = strip(tree, "")
+    draft = File(f"{file}.part")
+    save_file(tensors, draft, metadata={"format": CHECKPOINT_FORMAT, "version": str(VERSION), "tree": json.dumps(plain)})
+    os.replace(draft, file)
+
+
+def load_tree(file: File) -> dict[str, Any]:
+    """What save_tree wrote, on the CPU; raises ValueError for a truncated or foreign file."""
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {}
+            if metadata.get("format") != CHECKPOINT_FORMAT or metadata.get("version") != str(VERSION):
+                raise ValueError(f"{file} is not a checkpoint of this version of fewstep; nothing was changed")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); remove it to start over") from error
+
+    def restore(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        ((kind, content),) = node.items()
+        if kind == "tensor":
+            return tensors[content]
+        return {k: restore(child) for k, child in content} if kind == "dict" else [restore(child) for child in content]
+
+    return restore(json.loads(metadata["tree"]))
