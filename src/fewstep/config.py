@@ -15,10 +15,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+STRICT = ConfigDict(extra="forbid")
 
 
-@frozen
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """How a diffusion model is trained: v-prediction on the cosine path, levels log-normal in sigma/alpha."""
 
@@ -48,7 +48,7 @@ class TrainConfig:
     """Seed of the weights, the levels and the noise."""
 
 
-@frozen
+@dataclass(frozen=True, config=STRICT)
 class LearnConfig:
     """How a schedule is learned; 2 (probes - 1) draws evaluations of the network."""
 
@@ -68,7 +68,7 @@ class LearnConfig:
     """Seed of the draws."""
 
 
-@frozen
+@dataclass(frozen=True, config=STRICT)
 class FinetuneConfig:
     """How a few-step sampler and its energy are learned together (DxMI). Costs are means per dimension, in nats."""
 
@@ -78,9 +78,9 @@ class FinetuneConfig:
     """Iterations at the start in which only the value and energy learn, so that the sampler has something to follow."""
     batch_size: Count = 128
     """Rollouts, and data, per iteration."""
-    lr: Positive = 1e-4
+    lr: Positive = 1e-5
     """Adam's rate for the sampler's network. All rates fall linearly over the second half."""
-    lr_std: Positive = 1e-2
+    lr_std: Positive = 1e-3
     """Adam's rate for the log of the step noises (the paper: 100 times the sampler's)."""
     lr_value: Positive = 1e-3
     """Adam's rate for the value and energy (above the sampler's)."""
@@ -90,7 +90,7 @@ class FinetuneConfig:
     """Weight of the energy's square, which bounds it."""
     velocity_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
     """Decay of the running mean square velocity (the paper's a); 1 keeps the path's own."""
-    momentum: Decay = 0.9
+    momentum: Decay = 0.0
     """Adam's first moment decay, of all three."""
     ema: Decay = 0.995
     """Decay of the averaged sampler and value, which are the ones that are used."""

@@ -56,9 +56,10 @@ def load_data(name: str, folder: str | File | None = None, size: int | None = No
     for part in (data.train, data.test):
         bad = ~torch.isfinite(part.flatten(1)).all(1)
         if bool(bad.any()):
+            first = int(bad.nonzero()[0])
             raise ValueError(
-                f"{name}: {int(bad.sum())} of {len(part)} samples hold NaN or infinity, the first at row {int(bad.nonzero()[0])}"
-                " of its part; remove or repair them"
+                f"{name}: {int(bad.sum())} of {len(part)} samples hold NaN or infinity (the first in row {first} of its part); "
+                "remove or repair them"
             )
     if len(data.train) < 10 or len(data.test) < 2:
         raise ValueError(f"{name}: too few samples, {len(data.train)} + {len(data.test)}; at least 12 are needed")
@@ -93,7 +94,11 @@ def _read_idx(folder: File, pattern: str) -> np.ndarray:
     files = sorted(folder.glob(pattern))
     if not files:
         raise ValueError(f"{folder} lacks {pattern}")
-    raw = gzip.open(files[0]).read() if files[0].suffix == ".gz" else files[0].read_bytes()
+    raw = files[0].read_bytes()
+    try:
+        raw = gzip.decompress(raw) if files[0].suffix == ".gz" else raw
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{files[0]} is damaged: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"{files[0]} is not an idx file of bytes")
     sides = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]

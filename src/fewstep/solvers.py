@@ -117,7 +117,7 @@ def solve(
     times = as_time(times)
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times must be a vector of at least 2 entries, got shape {tuple(times.shape)}")
-    rising = times.diff() >= 0
+    rising = ~(times.diff() < 0)  # NaN included
     if bool(rising.any()):
         i = int(rising.nonzero()[0]) + 1
         raise ValueError(f"times must strictly decrease; times[{i}]={times[i]:.6g} >= times[{i - 1}]={times[i - 1]:.6g}")

@@ -1,0 +1,271 @@
+"""The command line: parsing, progress bars, devices and one-line errors. What the commands do is in commands.py.
+
+Nothing heavy is imported until a command runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path as File
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from fewstep.config import Count, FinetuneConfig, LearnConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from fewstep.commands import Source
+
+Solver = Literal["euler", "ddim", "heun", "dpmpp_2m", "ancestral"]
+Flat = Parameter(name="*")
+
+Data = Annotated[str, Parameter(help="digits, mnist, fashion-mnist, cifar10, a folder of images, or an .npy/.npz file.")]
+DataFolder = Annotated[str | None, Parameter(help="Where a named set's files lie; default $FEWSTEP_DATA, then ./data.")]
+Size = Annotated[int | None, Parameter(help="Resize images to this side.")]
+Model = Annotated[str, Parameter(help="A folder of `fewstep train`, a diffusers folder or hub id, or file.py:function.")]
+Out = Annotated[File, Parameter(help="The run folder to make, or to continue.")]
+Device = Annotated[str, Parameter(help="cpu, cuda, ..; auto takes a GPU where there is one.")]
+ScheduleName = Annotated[
+    str, Parameter(help="karras, log_linear, kl_optimal, linear, cosine, a schedule file, or a folder of `fewstep schedule`.")
+]
+
+app = App(
+    name="fewstep",
+    help="Few-step sampling for any diffusion or flow model: learn where the steps go, and learn what each step does.",
+    help_epilogue="Start with `fewstep demo`. A killed command continues when it is repeated.",
+)
+
+
+@app.command(sort_key=0)
+def demo(
+    *,
+    out: Out = File("demo"),
+    seed: Annotated[int, Parameter(help="Seed of everything.")] = 0,
+    quick: Annotated[bool, Parameter(help="A smoke run of seconds: the same parts, with numbers that mean nothing.")] = False,
+) -> None:
+    """The whole story on 1,797 real 8x8 digits, in minutes: train, learn the schedule, fine-tune 4 steps, compare."""
+    _threads(1)
+    from fewstep.demo import run_demo
+
+    summary, page = run_demo(out, seed, quick, track)
+    for line in summary:
+        print(line)
+    print(f"The page with the pictures: {page}")
+
+
+@app.command(sort_key=1)
+def train(
+    *,
+    data: Data,
+    out: Out,
+    data_folder: DataFolder = None,
+    size: Size = None,
+    device: Device = "auto",
+    threads: Count | None = None,
+    config: Annotated[TrainConfig, Flat] = TrainConfig(),
+) -> None:
+    """Train a small diffusion model on a data set."""
+    _threads(threads)
+    from fewstep import commands
+
+    folder = commands.train(_source(data, data_folder, size), out, config, _device(device), track)
+    print(f"The model is in {folder}; next: fewstep schedule --model {folder} --data {data} --out SCHEDULE")
+
+
+@app.command(sort_key=2)
+def schedule(
+    *,
+    model: Model,
+    data: Data,
+    out: Out,
+    data_folder: DataFolder = None,
+    size: Size = None,
+    device: Device = "auto",
+    threads: Count | None = None,
+    config: Annotated[LearnConfig, Flat] = LearnConfig(),
+) -> None:
+    """Learn where a model's steps go: one small file for every number of steps, from score evaluations alone."""
+    _threads(threads)
+    from fewstep import commands
+
+    folder, learned = commands.schedule(model, _source(data, data_folder, size), out, config, _device(device), track)
+    about = learned.provenance
+    print(
+        f"{folder / commands.SCHEDULE}: length {about['Lambda']:.4g} ± {about['Lambda_error']:.2g}, split-half error of "
+        f"the levels {about['split_half_error']:.1%}, {about['evaluations']:,} evaluations of the network"
+    )
+
+
+@app.command(sort_key=3)
+def finetune(
+    *,
+    model: Model,
+    data: Data,
+    out: Out,
+    steps: Annotated[Count, Parameter(help="Evaluations of the network per sample.")] = 4,
+    schedule: ScheduleName = "karras",
+    data_folder: DataFolder = None,
+    size: Size = None,
+    device: Device = "auto",
+    threads: Count | None = None,
+    config: Annotated[FinetuneConfig, Flat] = FinetuneConfig(),
+) -> None:
+    """Learn what each step does: a few-step sampler jointly with an energy (DxMI)."""
+    _threads(threads)
+    from fewstep import commands
+
+    source = _source(data, data_folder, size)
+    folder = commands.finetune(model, source, out, steps, config, schedule, _device(device), track)
+    print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
+
+
+@app.command(sort_key=4)
+def sample(
+    *,
+    model: Annotated[str, Parameter(help="As for `schedule`, or a folder of `fewstep finetune`.")],
+    out: Out,
+    steps: Annotated[Count | None, Parameter(help="Steps of the solver; 10, or the fine-tuned sampler's own.")] = None,
+    count: Count = 64,
+    schedule: ScheduleName = "karras",
+    solver: Solver = "euler",
+    shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where the model does not say it.")] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    threads: Count | None = None,
+) -> None:
+    """Draw samples into samples.npz and samples.png."""
+    _threads(threads)
+    from fewstep import commands
+
+    folder = commands.sample(model, out, steps, count, schedule, solver, shape, seed, _device(device), track)
+    print(f"{folder / 'samples.npz'} (key x) and {folder / 'samples.png'}")
+
+
+@app.command(sort_key=5)
+def evaluate(
+    *,
+    data: Data,
+    out: Out,
+    model: Annotated[str | None, Parameter(help="As for `schedule`.")] = None,
+    sampler: Annotated[list[str] | None, Parameter(help="A folder of `fewstep finetune`; may be repeated.")] = None,
+    steps: Annotated[list[Count], Parameter(help="Steps of the solver; may be repeated.")] = [4, 6, 8, 10, 20],  # noqa: B006
+    schedule: Annotated[list[str], Parameter(help="As for `sample`; may be repeated.")] = ["karras", "log_linear"],  # noqa: B006
+    solver: Annotated[list[Solver], Parameter(help="May be repeated.")] = ["euler"],  # noqa: B006
+    count: Annotated[Count, Parameter(help="Samples per cell.")] = 2000,
+    seeds: Annotated[Count, Parameter(help="Repetitions of every cell.")] = 3,
+    features: Annotated[str | None, Parameter(help="file.py:function from samples to features (n, f); pixels if none.")] = None,
+    data_folder: DataFolder = None,
+    size: Size = None,
+    device: Device = "auto",
+    threads: Count | None = None,
+) -> None:
+    """Measure quality against the number of evaluations, for schedules, solvers and fine-tuned samplers."""
+    _threads(threads)
+    from fewstep import commands
+
+    if model is None and not sampler:
+        raise ValueError("nothing to evaluate: give --model, --sampler, or both")
+    folder, rows, floor = commands.evaluate(
+        model,
+        _source(data, data_folder, size),
+        out,
+        steps,
+        schedule,
+        solver,
+        sampler or [],
+        count,
+        seeds,
+        features,
+        _device(device),
+        track,
+    )
+    _print_table(commands.table_of(rows))
+    print(f"held-out data against training data: {', '.join(f'{k} {v:.3f}' for k, v in floor.items())}")
+    print(f"{folder / commands.ROWS} and {folder / 'quality.png'}")
+
+
+@app.command(sort_key=6)
+def show(folder: Annotated[File, Parameter(help="A run folder.")]) -> None:
+    """Print what a run folder holds, and make its page report.html."""
+    from fewstep import commands
+
+    table, page = commands.show(folder)
+    _print_table(table)
+    print(page)
+
+
+def track(iterable: Iterable, total: int, title: str) -> Iterator:
+    """A progress bar with the time left, on a terminal; elsewhere one line when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total)
+        for item in iterable:
+            yield item
+            progress.advance(task)
+
+
+def _print_table(table: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*table[0], box=None)
+    for row in table[1:]:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def _source(data: str, folder: str | None, size: int | None) -> Source:
+    from fewstep.commands import Source
+
+    return Source(data, folder, size)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on stderr and exit code 2, and nothing is overwritten."""
+    try:
+        app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(str(error))
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("fewstep: stopped; repeat the command to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"fewstep: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

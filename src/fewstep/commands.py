@@ -1,0 +1,338 @@
+"""What each command does, from files to files. Parsing and progress bars are cli.py's, the methods are elsewhere.
+
+`track(iterable, total, title)` wraps every long loop, so that a caller can show its progress.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep import models, report
+from fewstep.config import FinetuneConfig, LearnConfig, TrainConfig
+from fewstep.data import load_data
+from fewstep.denoiser import Denoiser
+from fewstep.dxmi import finetune as finetune_loop
+from fewstep.dxmi import make_state
+from fewstep.energy import Value
+from fewstep.learn import learn_schedule, step_costs
+from fewstep.metrics import energy_distance, frechet_distance, sliced_wasserstein
+from fewstep.run import open_run, read_config, read_metrics, record, resume, write_json
+from fewstep.sampler import Sampler
+from fewstep.schedule import NAMED, Schedule
+from fewstep.solvers import solve
+from fewstep.training import TrainState
+from fewstep.training import train as train_loop
+
+Track = Callable[[Iterable, int, str], Iterable]
+SCHEDULE, ROWS = "schedule.json", "evaluation.jsonl"
+
+
+def silent(loop: Iterable, total: int, title: str) -> Iterable:
+    return loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which data: a name or path, the folder of a named set, and a side to resize images to."""
+
+    name: str
+    folder: str | None = None
+    size: int | None = None
+
+    def load(self):
+        return load_data(self.name, self.folder, self.size)
+
+    def settings(self) -> dict[str, Any]:
+        return {"data": self.name, "data_size": self.size}
+
+
+def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", track: Track = silent) -> File:
+    """Train a diffusion model into the folder `out`; continues where a killed run stood."""
+    data = source.load()
+    spread = float(data.train.std())
+    if not 0.1 < spread < 10:
+        raise ValueError(f"{source.name} has standard deviation {spread:.3g}; scale it to about 1 (it must lie in 0.1 .. 10)")
+    folder = open_run(out, "train", source.settings() | {"shape": list(data.shape)} | dataclasses.asdict(config))
+    state = TrainState(data.shape, config, device)
+    resume(folder, state)
+    loop = record(folder, state, train_loop(state, data.train.to(device)))
+    for _ in track(loop, config.iterations - state.step, "training"):
+        pass
+    models.save_weights(state.averaged.module, folder / models.MODEL)
+    return folder
+
+
+def schedule(
+    model: str, source: Source, out: File, config: LearnConfig, device: str = "cpu", track: Track = silent
+) -> tuple[File, Schedule]:
+    """Learn the model's schedule into out/schedule.json, with the curve as a picture."""
+    denoiser, data = models.load_denoiser(model, device), source.load()
+    require_shape(denoiser, data.shape)
+    settings = {"model": models.relative_to(model, File(out))[0]} | source.settings() | dataclasses.asdict(config)
+    folder = open_run(out, "schedule", settings)
+    learned = learn_schedule(
+        denoiser,
+        data.train.to(device),
+        config.cost,
+        probes=config.probes,
+        draws=config.draws,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        batch_size=config.batch_size,
+        generator=torch.Generator().manual_seed(config.seed),
+        progress=lambda batches: track(batches, len(batches), "probing costs"),  # type: ignore[arg-type]
+    )
+    learned = dataclasses.replace(learned, provenance={"model": model, "data": source.name} | learned.provenance)
+    learned.save(folder / SCHEDULE)
+    report.curve_figure(folder / "curve.png", denoiser.path, baselines(learned) | {"learned": learned}, (4, 8))
+    return folder, learned
+
+
+def finetune(
+    model: str,
+    source: Source,
+    out: File,
+    steps: int,
+    config: FinetuneConfig,
+    schedule_name: str = "karras",
+    device: str = "cpu",
+    track: Track = silent,
+) -> File:
+    """Fine-tune a sampler of `steps` evaluations and its energy into the folder `out`; continues where a killed run stood."""
+    denoiser, data = models.load_denoiser(model, device), source.load()
+    require_shape(denoiser, data.shape)
+    if len(data.train) < config.batch_size:
+        raise ValueError(f"too few samples: {len(data.train)} for a batch of {config.batch_size}; lower --batch-size")
+    times = find_schedule(schedule_name, denoiser).times(denoiser.path, steps)
+    name, local = models.relative_to(model, File(out))
+    settings = {"model": name, "model_is_local": local, "schedule": schedule_name, "times": times.tolist()}
+    settings |= source.settings() | {"shape": list(data.shape)} | dataclasses.asdict(config)
+    folder = open_run(out, "finetune", settings)
+    state = make_state(Sampler(denoiser, times, config.last_std), config, data.shape)
+    resume(folder, state)
+    loop = record(folder, state, finetune_loop(state, data.train.to(device)))
+    for _ in track(loop, config.iterations - state.step, f"fine-tuning {steps} steps"):
+        pass
+    models.save_weights(state.averaged.module, folder / models.SAMPLER)
+    models.save_weights(state.averaged_value.module, folder / models.VALUE)
+    return folder
+
+
+def baselines(like: Schedule) -> dict[str, Schedule]:
+    """The free schedules over the same range of levels."""
+    ends = float(torch.tan(like.theta[-1])), float(torch.tan(like.theta[0]))
+    return {"karras": NAMED["karras"](*ends), "log-linear": NAMED["log_linear"](*ends)}
+
+
+def find_schedule(name: str, denoiser: Denoiser) -> Schedule:
+    """A named schedule over the model's range of levels, a schedule file, or a folder that holds schedule.json."""
+    if name.replace("-", "_") in NAMED:
+        return NAMED[name.replace("-", "_")](denoiser.path.sigma_min, denoiser.path.sigma_max)
+    file = File(name) / SCHEDULE if File(name).is_dir() else File(name)
+    if not file.is_file():
+        raise ValueError(f"no schedule {name!r}: give a file, a folder with {SCHEDULE}, or one of {', '.join(NAMED)}")
+    return Schedule.load(file)
+
+
+def require_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+    if denoiser.shape is not None and denoiser.shape != shape:
+        hint = f" (--size {denoiser.shape[-1]} resizes images)" if len(denoiser.shape) == len(shape) == 3 else ""
+        raise ValueError(f"the model takes samples of shape {denoiser.shape}, the data has {shape}{hint}")
+
+
+def shape_of(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, ...]:
+    if denoiser.shape is None and shape is None:
+        raise ValueError("the model does not say its samples' shape; give it, as in --shape 3 --shape 32 --shape 32")
+    return tuple(shape) if shape is not None else denoiser.shape  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def generate(
+    model: Denoiser | Sampler,
+    times: Tensor,
+    count: int,
+    shape: tuple[int, ...],
+    solver: str,
+    seed: int,
+    device: str = "cpu",
+    batch_size: int = 500,
+    track: Track = silent,
+) -> tuple[Tensor, int]:
+    """Samples (count, *shape) on the CPU and evaluations per sample. Equal seeds start from equal noise, in any batches."""
+    start = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+    steps = torch.Generator().manual_seed(seed + 1)
+    done, evaluations = [], 0
+    for part in track(start.split(batch_size), -(-count // batch_size), "sampling"):
+        x = part.to(device) * float(model.path.sigma(times[0]))
+        if isinstance(model, Sampler):
+            result, evaluations = model.rollout(x, steps)[-1], model.steps * model.denoiser.evaluations
+        else:
+            result, evaluations, _ = solve(model, x, times, solver, generator=steps)
+        done.append(result.cpu())
+    return torch.cat(done), evaluations
+
+
+def sample(
+    model: str,
+    out: File,
+    steps: int | None,
+    count: int,
+    schedule_name: str = "karras",
+    solver: str = "euler",
+    shape: Sequence[int] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    track: Track = silent,
+) -> File:
+    """Samples into out/samples.npz (under x) and out/samples.png."""
+    chosen: Denoiser | Sampler
+    if models.is_sampler(model):
+        chosen, _ = models.load_sampler(model, device)
+        settings: dict[str, Any] = {"steps": chosen.steps}
+        times, form = chosen.times.cpu(), shape_of(chosen.denoiser, shape)
+        if steps not in (None, chosen.steps):
+            raise ValueError(f"{model} was fine-tuned for {chosen.steps} steps, not {steps}; leave --steps out")
+    else:
+        steps = 10 if steps is None else steps
+        chosen = models.load_denoiser(model, device)
+        times, form = find_schedule(schedule_name, chosen).times(chosen.path, steps), shape_of(chosen, shape)
+        settings = {"steps": steps, "schedule": schedule_name, "solver": solver}
+    settings |= {"model": models.relative_to(model, File(out))[0], "count": count, "seed": seed}
+    folder = open_run(out, "sample", settings)
+    x, evaluations = generate(chosen, times, count, form, solver, seed, device, track=track)
+    np.savez(folder / "samples.npz", x=x.numpy())
+    title = f"{count} samples, {evaluations} evaluations each"
+    report.samples_figure(folder / "samples.png", {title: x}, columns=min(10, count), rows=-(-min(count, 100) // 10))
+    return folder
+
+
+def judge(x: Tensor, data: Tensor, features: Callable[[Tensor], Tensor] | None, seed: int = 0) -> dict[str, float]:
+    """fd: Frechet distance in the features (pixels if none); sliced Wasserstein and energy distance in the data's space."""
+    with torch.no_grad():
+        fx, fd = (features(x), features(data)) if features else (x, data)
+    few = min(len(x), len(data), 2000)
+    return {
+        "fd": frechet_distance(fx, fd),
+        "sw": sliced_wasserstein(x, data, 500, torch.Generator().manual_seed(seed)),
+        "energy_distance": energy_distance(x[:few], data[:few]),
+    }
+
+
+def evaluate(
+    model: str | None,
+    source: Source,
+    out: File,
+    steps: Sequence[int],
+    schedules: Sequence[str],
+    solvers: Sequence[str],
+    samplers: Sequence[str] = (),
+    count: int = 2000,
+    seeds: int = 3,
+    features: str | None = None,
+    device: str = "cpu",
+    track: Track = silent,
+) -> tuple[File, list[dict[str, Any]], dict[str, float]]:
+    """Quality of every schedule x solver x steps of a model, and of fine-tuned samplers, cell by cell into evaluation.jsonl.
+
+    Returns the folder, the rows, and the floor: the same measures between held-out and training data. A repeated command
+    goes on with the cells that are missing.
+    """
+    data = source.load()
+    settings: dict[str, Any] = {"model": model, "samplers": list(samplers), "schedules": list(schedules)}
+    settings |= {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds, "features": features}
+    settings |= source.settings()
+    folder = open_run(out, "evaluate", settings)
+    extract = models.load_function(features) if features else None
+    denoiser = models.load_denoiser(model, device) if model else None
+
+    cells: list[tuple[str, Denoiser | Sampler, Tensor, str]] = []
+    if denoiser is not None:
+        require_shape(denoiser, data.shape)
+        for name in schedules:
+            found = find_schedule(name, denoiser)
+            label = "learned" if found.name.startswith("learned") else found.name.replace("_", "-")
+            cells += [(f"{label}, {s}", denoiser, found.times(denoiser.path, n), s) for s in solvers for n in steps]
+    for name in samplers:
+        tuned, _ = models.load_sampler(name, device)
+        cells.append(("fine-tuned", tuned, tuned.times.cpu(), ""))
+
+    rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()] if (folder / ROWS).exists() else []
+    known = {(row["method"], row["steps"], row["seed"]) for row in rows}
+    todo = [(*cell, seed) for cell in cells for seed in range(seeds) if (cell[0], len(cell[2]) - 1, seed) not in known]
+    with open(folder / ROWS, "a") as file:
+        for method, chosen, times, solver, seed in track(todo, len(todo), "evaluating"):
+            x, evaluations = generate(chosen, times, count, data.shape, solver, 1000 + seed, device)
+            row = {"method": method, "steps": len(times) - 1, "evaluations": evaluations, "seed": seed, "count": count}
+            rows.append(row | judge(x, data.train, extract))
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    floor = judge(data.test, data.train, extract)
+    write_json(folder / "floor.json", floor | {"held_out": len(data.test), "data": len(data.train)})
+    what = f"Frechet distance in {features or 'pixels'}, {count} samples"
+    report.quality_figure(folder / "quality.png", rows, "fd", what, floor["fd"])
+    return folder, rows, floor
+
+
+def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of an evaluation, seeds pooled as mean +- standard deviation, sorted by evaluations; the head first."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["evaluations"], row["method"]), []).append(row)
+
+    def pooled(group: list[dict[str, Any]], key: str) -> str:
+        values = [row[key] for row in group]
+        return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+
+    body = [
+        [method, str(evaluations), *(pooled(group, k) for k in ("fd", "sw", "energy_distance")), str(len(group))]
+        for (evaluations, method), group in sorted(groups.items())
+    ]
+    return [["method", "evaluations", "Fréchet distance", "sliced Wasserstein", "energy distance", "seeds"], *body]
+
+
+def energies(value: Value, sets: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(value.parameters()).device
+    with torch.no_grad():
+        return {name: value.energy(x.to(device)).cpu() for name, x in sets.items()}
+
+
+def show(folder: File) -> tuple[list[list[str]], File]:
+    """What a run folder holds, as a table, and its page report.html, made from its files."""
+    run, metrics = read_config(folder), read_metrics(folder)
+    settings = run["config"]
+    table = [["setting", "value"], ["command", run["command"]], *([k, f"{v}"[:100]] for k, v in settings.items())]
+    if metrics:
+        table += [[f"{k} (last)", f"{v:.5g}"] for k, v in metrics[-1].items()]
+    sections = []
+    if run["command"] in ("train", "finetune") and metrics:
+        names = ["loss"] if run["command"] == "train" else ["energy_gap", "value_loss", "sample_std"]
+        report.loss_figure(folder / "metrics.png", metrics, names)
+        text = "Means over 20 iterations; docs/metrics.md defines them."
+        sections.append(report.section("Metrics", text, folder / "metrics.png"))
+    pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png"}
+    if (name := pictures.get(run["command"])) and (folder / name).exists():
+        sections.append(report.section(run["command"].capitalize(), "", folder / name))
+    if (folder / SCHEDULE).exists():
+        about = Schedule.load(folder / SCHEDULE).provenance
+        sections.append(report.section("Provenance", "", None, [["what", "value"], *([k, f"{v}"] for k, v in about.items())]))
+    if (folder / ROWS).exists():
+        rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+        sections.append(report.section("Table", "Mean ± standard deviation over seeds.", None, table_of(rows)))
+        table = table_of(rows)
+    if run["command"] == "demo":
+        return table, folder / "report.html"
+    report.write_page(folder / "report.html", f"fewstep {run['command']}", [], sections, json.dumps(settings, indent=1))
+    return table, folder / "report.html"
+
+
+def grid_costs(denoiser: Denoiser, x0: Tensor, schedules: dict[str, Schedule], steps: int, seed: int = 0) -> dict[str, Tensor]:
+    """The cost of each step of each schedule's grid of this many levels."""
+    return {k: step_costs(denoiser, x0, s, steps, generator=torch.Generator().manual_seed(seed)) for k, s in schedules.items()}

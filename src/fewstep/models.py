@@ -1,0 +1,136 @@
+"""Which model does a name mean?   A run folder, a diffusers folder or hub id, or file.py:function.
+
+A finished `train` leaves model.safetensors, a finished `finetune` sampler.safetensors and value.safetensors: averaged
+weights, without the optimiser.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path as File
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fewstep.config import TrainConfig
+from fewstep.denoiser import Denoiser
+from fewstep.energy import Value
+from fewstep.run import read_config
+from fewstep.sampler import Sampler
+from fewstep.training import make_denoiser
+
+MODEL, SAMPLER, VALUE = "model.safetensors", "sampler.safetensors", "value.safetensors"
+
+C = TypeVar("C")
+
+
+def from_settings(cls: type[C], settings: dict[str, Any]) -> C:
+    """The configuration of this class out of a run's settings, which hold more."""
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{k: v for k, v in settings.items() if k in names})
+
+
+def save_weights(module: nn.Module, file: File) -> None:
+    draft = File(f"{file}.part")
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}, draft)
+    os.replace(draft, file)
+
+
+def load_weights(module: nn.Module, file: File) -> None:
+    if not file.exists():
+        raise ValueError(f"{file.parent} holds no {file.name}: that run has not finished; repeat its command to continue it")
+    try:
+        module.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{file} is damaged, or belongs to another model ({first}); repeat the run that wrote it") from error
+
+
+def call_function(spec: str) -> Any:
+    """What `file.py:function` returns; and the loader for any callable that is named so."""
+    return load_function(spec)()
+
+
+def load_function(spec: str) -> Callable:
+    file, _, name = spec.rpartition(":")
+    if not File(file).is_file():
+        raise ValueError(f"{spec}: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location(File(file).stem, file)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"{spec}: {file} is not a python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{spec}: {file} has no function {name!r}")
+    return function
+
+
+def load_denoiser(name: str, device: str = "cpu") -> Denoiser:
+    """The model that a name means, for use without training: run folder, diffusers folder or hub id, file.py:function."""
+    if ".py:" in name:
+        denoiser = call_function(name)
+        if not isinstance(denoiser, Denoiser):
+            raise ValueError(f"{name} returned {type(denoiser).__name__}, not a fewstep Denoiser; wrap it in Pretrained(...)")
+    elif (File(name) / "config.json").exists() and read_config_or_none(name):
+        denoiser = _trained(File(name))
+    elif File(name).exists() or name.count("/") == 1:
+        from fewstep.adapters import from_diffusers
+
+        denoiser = from_diffusers(name)
+    else:
+        raise ValueError(f"no model {name!r}: give a run folder, a diffusers folder or hub id, or file.py:function")
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def read_config_or_none(name: str) -> dict[str, Any] | None:
+    """A run's configuration; None where the folder's config.json is not a run's (a diffusers model has one too)."""
+    try:
+        return read_config(name)
+    except ValueError as error:
+        if "somebody else's" in str(error):
+            return None
+        raise
+
+
+def _trained(folder: File) -> Denoiser:
+    run = read_config(folder)
+    if run["command"] != "train":
+        raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a model is a folder of `fewstep train`")
+    denoiser = make_denoiser(tuple(run["config"]["shape"]), from_settings(TrainConfig, run["config"]))
+    load_weights(denoiser, folder / MODEL)
+    return denoiser
+
+
+def is_sampler(name: str) -> bool:
+    run = read_config_or_none(name) if (File(name) / "config.json").exists() else None
+    return run is not None and run["command"] == "finetune"
+
+
+def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Value]:
+    """The fine-tuned sampler and its value, whose energy(x) is the energy, from a folder of `fewstep finetune`."""
+    folder, run = File(folder), read_config(folder)
+    if run["command"] != "finetune":
+        raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a sampler is a folder of `fewstep finetune`")
+    settings = run["config"]
+    model = settings["model"]
+    denoiser = load_denoiser(str((folder / model).resolve()) if settings["model_is_local"] else model)
+    sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"])
+    value = Value(tuple(settings["shape"]), sampler.steps)
+    load_weights(sampler, folder / SAMPLER)
+    load_weights(value, folder / VALUE)
+    return sampler.to(device).eval().requires_grad_(False), value.to(device).eval().requires_grad_(False)
+
+
+def relative_to(name: str, folder: File) -> tuple[str, bool]:
+    """A model's name as a run folder keeps it: a local one relative to the folder, so that both can move together."""
+    if ".py:" in name:
+        file, _, function = name.rpartition(":")
+        return f"{os.path.relpath(file, folder)}:{function}", True
+    return (os.path.relpath(name, folder), True) if File(name).exists() else (name, False)
