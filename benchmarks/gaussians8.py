@@ -113,8 +113,8 @@ def main() -> None:
         result["seeds"].append(row)
         kept = (row["sw"] - floor) / (row["sw_start"] - floor)
         print(
-            f"seed {seed}: SW {row['sw_start']:.3f} -> {row['sw']:.3f} ({kept:.0%} of the excess left), AUROC {row['auroc']:.3f}, "
-            f"correlation {row['correlation']:.3f}, {row['finetuning_cpu_seconds']} s of CPU",
+            f"seed {seed}: SW {row['sw_start']:.3f} -> {row['sw']:.3f} ({kept:.0%} of the excess left), "
+            f"AUROC {row['auroc']:.3f}, correlation {row['correlation']:.3f}, {row['finetuning_cpu_seconds']} s of CPU",
             flush=True,
         )
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

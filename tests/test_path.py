@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -257,6 +257,8 @@ def test_the_cells_that_are_infinite_in_log_sigma_are_linear_in_the_angle(table)
 
 @settings(deadline=None, max_examples=60)
 @given(size=st.integers(2, 400), t=ANY_TIME, zero=st.booleans())
+@example(size=41, t=0.5, zero=False)
+@example(size=41, t=0.5, zero=True)
 def test_a_table_of_any_size_has_an_inverse(size, t, zero):
     table = torch.linspace(0.9999, 0.0 if zero else 0.01, size, dtype=torch.float64)
     path, t = Tabulated(table), torch.tensor(t, dtype=torch.float64)
@@ -266,6 +268,7 @@ def test_a_table_of_any_size_has_an_inverse(size, t, zero):
 
 
 @settings(deadline=None, max_examples=100)
+@example(size=1000, betas=(1e-4, 0.02), zero=False)
 @given(size=st.integers(2, 1000), betas=st.tuples(st.floats(1e-4, 0.03), st.floats(1e-4, 0.03)), zero=st.booleans())
 def test_no_level_of_a_table_is_given_a_time_beyond_one(size, betas, zero):
     table = (1 - torch.linspace(*sorted(betas), size, dtype=torch.float64)).cumprod(0)

@@ -177,7 +177,7 @@ def test_learning_the_std_changes_the_noise_and_not_the_mean():
         new = sampler.step(x, i)
         assert torch.equal(new.mean, old.mean)
         factor = 1.0 if i == sampler.steps - 1 else 2.0
-        assert float(new.std) == pytest.approx(factor * float(old.std), rel=1e-5)
+        assert new.std.item() == pytest.approx(factor * old.std.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("last_std", [0.0, 0.02, 1.5])
@@ -188,7 +188,7 @@ def test_the_noise_of_the_last_step_is_fixed(last_std):
     assert gradient[-1] == 0
     with torch.no_grad():
         sampler.log_std.fill_(3.0)
-    assert float(sampler.std()[-1]) == pytest.approx(last_std, rel=1e-6)
+    assert sampler.std()[-1].item() == pytest.approx(last_std, rel=1e-6)
     x = torch.randn(20_000, 2, generator=seeded(0))
     law = sampler.step(x, sampler.steps - 1)
     assert float((law.draw(seeded(1)) - law.mean).std()) == pytest.approx(last_std, rel=0.02)

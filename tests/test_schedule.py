@@ -6,7 +6,7 @@ from pathlib import Path as File
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fewstep.path import VE, VP, Cosine, Linear, Tabulated
@@ -313,6 +313,7 @@ def test_a_halfway_blend_of_log_linear_ranges_is_the_geometric_mean_of_their_lev
 
 @settings(deadline=None, max_examples=60)
 @given(cost=st.floats(0.1, 10), knots=st.integers(60, 1100), gamma=st.floats(0, 1))
+@example(cost=2.0, knots=105, gamma=0.0)
 def test_curves_whose_knots_almost_coincide_can_be_blended(cost, knots, gamma):
     # equal costs: the knots are uniform in u up to rounding, like a named schedule's
     equal = from_costs(torch.atan(log_uniform(knots)), torch.full((knots - 1,), cost, dtype=torch.float64))

@@ -23,7 +23,7 @@ HALF_PI = math.pi / 2
 
 def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
     """`t` as a float64 tensor on the CPU; keeps the gradient of a tensor that has one."""
-    return torch.as_tensor(t).to(device="cpu", dtype=torch.float64)
+    return (t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)).to(device="cpu", dtype=torch.float64)
 
 
 def broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -242,11 +242,13 @@ class Tabulated(Path):
         return -torch.sin(theta) * rate, torch.cos(theta) * rate
 
     def time(self, theta):
+        beyond = as_time(theta) >= self._theta[-1]
         theta = as_time(theta).clamp(0, float(self._theta[-1]))
         low = (torch.searchsorted(self._theta, theta.detach(), right=True) - 1).clamp(0, self._size - 1)
-        _, _, in_angle = self._cell(low / self._size)
+        in_angle = ~torch.isfinite(self._log_ratio[low]) | ~torch.isfinite(self._log_ratio[low + 1])
         finite = self._log_ratio.nan_to_num(neginf=0.0, posinf=0.0)
         log_step = finite[low + 1] - finite[low]
         by_log = (torch.log(torch.tan(theta)) - finite[low]) / torch.where(in_angle, torch.ones_like(log_step), log_step)
         by_angle = (theta - self._theta[low]) / (self._theta[low + 1] - self._theta[low])
-        return (low + torch.where(in_angle, by_angle, by_log)) / self._size
+        t = ((low + torch.where(in_angle, by_angle, by_log)) / self._size).clamp(max=1.0)
+        return torch.where(beyond, torch.ones_like(t), t)

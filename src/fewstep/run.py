@@ -99,7 +99,7 @@ def resume(folder: File, state: Resumable) -> None:
 
 
 def record(
-    folder: File, state: Resumable, metrics: Iterable[dict[str, float]], log_every: int = 20, save_every: int = 500
+    folder: File, state: Resumable, metrics: Iterable[dict[str, float]], log_every: int = 20, save_every: int = 100
 ) -> Iterator[dict[str, float]]:
     """Pass a training loop's metrics on, logging means over `log_every` iterations and saving every `save_every`.
 
@@ -133,9 +133,9 @@ def save_tree(file: File, tree: dict[str, Any]) -> None:
             return {"list": [strip(child, f"{name}/{k}") for k, child in enumerate(node)]}
         return node
 
-    plain = strip(tree, "")
+    header = {"version": VERSION, "tree": strip(tree, "")}
     draft = File(f"{file}.part")
-    save_file(tensors, draft, metadata={"format": CHECKPOINT_FORMAT, "version": str(VERSION), "tree": json.dumps(plain)})
+    save_file(tensors, draft, metadata={CHECKPOINT_FORMAT: json.dumps(header)})  # one key: the order of several varies
     os.replace(draft, file)
 
 
@@ -143,8 +143,8 @@ def load_tree(file: File) -> dict[str, Any]:
     """What save_tree wrote, on the CPU; raises ValueError for a truncated or foreign file."""
     try:
         with safe_open(file, "pt") as stored:
-            metadata = stored.metadata() or {}
-            if metadata.get("format") != CHECKPOINT_FORMAT or metadata.get("version") != str(VERSION):
+            header = json.loads((stored.metadata() or {}).get(CHECKPOINT_FORMAT, "{}"))
+            if header.get("version") != VERSION:
                 raise ValueError(f"{file} is not a checkpoint of this version of fewstep; nothing was changed")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
@@ -158,4 +158,4 @@ def load_tree(file: File) -> dict[str, Any]:
             return tensors[content]
         return {k: restore(child) for k, child in content} if kind == "dict" else [restore(child) for child in content]
 
-    return restore(json.loads(metadata["tree"]))
+    return restore(header["tree"])

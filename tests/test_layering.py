@@ -1,0 +1,61 @@
+"""Each module imports only what stands left of it: the order in which the README tells the story."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "fewstep"
+# a module may import those of earlier rows only, except where the row itself says otherwise
+LAYERS = [
+    ["config"],
+    ["path"],
+    ["denoiser"],
+    ["mixture", "adapters"],
+    ["schedule", "solvers"],
+    ["cost"],
+    ["learn"],
+    ["networks", "metrics", "data", "run"],
+    ["energy", "sampler", "training"],
+    ["dxmi", "models"],
+    ["report"],
+    ["commands"],
+    ["demo"],
+    ["cli"],
+]
+RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+MODULES = sorted(file.stem for file in SOURCE.glob("*.py") if file.stem != "__init__")
+METHOD = {module for layer in LAYERS[:10] for module in layer} - {"data", "run", "models"}
+
+
+def imports(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "fewstep" else {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_place():
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_left(module):
+    ours = {name.split(".")[1] for name in imports(module) if name.startswith("fewstep.")}
+    wrong = {name for name in ours if RANK[name] >= RANK[module]}
+    assert not wrong, f"{module} imports {wrong}, which stand beside it or to its right"
+
+
+@pytest.mark.parametrize("module", sorted(METHOD))
+def test_the_library_draws_no_bars_and_reads_no_files_of_its_own(module):
+    heavy = {"rich", "cyclopts", "matplotlib", "jinja2"} & {name.split(".")[0] for name in imports(module)}
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not heavy, f"{module} imports {heavy}"
+    assert "print" not in calls, f"{module} prints"

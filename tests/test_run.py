@@ -1,0 +1,178 @@
+"""Run folders: resume after a kill, bit for bit; foreign, damaged and other configurations' folders are left alone."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fewstep import run
+from fewstep.config import FinetuneConfig, TrainConfig
+from fewstep.dxmi import finetune, make_state
+from fewstep.mixture import ring
+from fewstep.sampler import Sampler
+from fewstep.schedule import karras
+from fewstep.training import TrainState, make_denoiser, train
+
+TINY = ("--width", "16", "--depth", "1", "--batch-size", "16", "--threads", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def points(tmp_path):
+    file = tmp_path / "points.npy"
+    np.save(file, ring().sample(600, torch.Generator().manual_seed(0)).numpy())
+    return file
+
+
+def fewstep(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "fewstep.cli", *map(str, arguments)], stderr=subprocess.PIPE, **options)
+
+
+def files_of(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix in (".safetensors", ".jsonl", ".json")}
+
+
+@pytest.mark.timeout(240)
+def test_training_and_fine_tuning_continue_bit_for_bit_after_kill_9(points, tmp_path):
+    """Both commands, killed at a random moment after a checkpoint, end with the files of an undisturbed run."""
+    seed = random.randrange(1000)
+    print("seed of the moment:", seed)
+    moment = random.Random(seed)
+
+    def go(command, out, kill):
+        arguments = (command, "--data", points, "--out", out, *TINY) if command == "train" else (
+            *("finetune", "--model", tmp_path / "whole" / "train", "--data", points, "--out", out, "--steps", 2),
+            *("--iterations", 600, "--warmup", 50, "--batch-size", 16, "--threads", 1),
+        )  # fmt: skip
+        process = fewstep(*arguments, *(("--iterations", 1500) if command == "train" else ()))
+        if kill:
+            deadline = time.time() + 100
+            while not (out / run.CHECKPOINT).exists() and process.poll() is None and time.time() < deadline:
+                time.sleep(0.005)
+            time.sleep(moment.random() * 0.5)
+            killed = process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return killed
+        assert process.wait() == 0, process.stderr.read().decode()
+        return False
+
+    for command in ("train", "finetune"):
+        whole, broken = tmp_path / "whole" / command, tmp_path / "broken" / command
+        go(command, whole, kill=False)
+        killed = go(command, broken, kill=True)
+        assert killed, "the run ended before it could be killed: make it longer"
+        go(command, broken, kill=False)
+        assert files_of(whole) == files_of(broken)
+
+
+def states():
+    g = torch.Generator().manual_seed(0)
+    data = ring().sample(500, g)
+    small = TrainConfig(iterations=90, batch_size=16, width=16, depth=1)
+    denoiser = make_denoiser((2,), small)
+    sampler = Sampler(denoiser, karras(0.1, 10).times(denoiser.path, 3), 0.02)
+    tuned = FinetuneConfig(iterations=90, warmup=20, batch_size=16)
+    return {
+        "train": (lambda: TrainState((2,), small), lambda state: train(state, data)),
+        "finetune": (lambda: make_state(sampler, tuned, (2,)), lambda state: finetune(state, data)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["train", "finetune"])
+def test_a_loop_that_stops_between_saves_repeats_exactly_what_was_lost(kind, tmp_path):
+    make, loop = states()[kind]
+    logs = []
+    for stops in ((), (47, 71)):
+        folder = run.open_run(tmp_path / f"{kind}{len(stops)}", kind, {})
+        for stop in (*stops, None):
+            state = make()
+            run.resume(folder, state)
+            for _ in run.record(folder, state, loop(state), log_every=10, save_every=20):
+                if state.step == stop:
+                    break
+        logs.append((run.read_metrics(folder), run.load_tree(folder / run.CHECKPOINT)))
+    assert logs[0][0] == logs[1][0]
+    assert [row["step"] for row in logs[0][0]] == list(range(10, 91, 10))
+    flat = [dict(leaves(tree)) for _, tree in logs]
+    assert flat[0].keys() == flat[1].keys()
+    for name, value in flat[0].items():
+        assert torch.equal(value, flat[1][name]) if isinstance(value, torch.Tensor) else value == flat[1][name], name
+
+
+def leaves(node, name=""):
+    if isinstance(node, dict | list):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from leaves(child, f"{name}/{key}")
+    else:
+        yield name, node
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path):
+    shared = torch.arange(3)
+    tree = {"a": {0: shared, 1: shared}, "b": [1, 2.5, None, "x", True], "c": torch.tensor(float("nan")), "d": {}}
+    run.save_tree(tmp_path / "t", tree)
+    back = run.load_tree(tmp_path / "t")
+    assert list(back["a"]) == [0, 1]
+    assert torch.equal(back["a"][1], shared)
+    assert back["b"] == tree["b"]
+    assert torch.isnan(back["c"])
+    assert back["d"] == {}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "text", "other model"])
+def test_a_checkpoint_that_cannot_be_used_is_refused_and_kept(damage, tmp_path):
+    make, loop = states()["train"]
+    folder = run.open_run(tmp_path / "r", "train", {})
+    state = make()
+    for _ in run.record(folder, state, loop(state), 10, 20):
+        pass
+    file = folder / run.CHECKPOINT
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "foreign":
+        save_file({"x": torch.zeros(2)}, file)
+    elif damage == "text":
+        file.write_text("hello")
+    else:
+        other = TrainState((2,), TrainConfig(width=8, depth=1))
+        run.save_tree(file, other.state_dict())
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors") as caught:
+        run.resume(folder, make())
+    assert "remove it to start over" in str(caught.value) or "nothing was changed" in str(caught.value)
+    assert files_of(folder) == before
+
+
+def test_a_folder_belongs_to_one_command_and_configuration(tmp_path):
+    folder = run.open_run(tmp_path / "r", "train", {"lr": 0.1, "seed": 0})
+    assert run.open_run(folder, "train", {"lr": 0.1, "seed": 0}) == folder
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.2"):
+        run.open_run(folder, "train", {"lr": 0.2, "seed": 0})
+    with pytest.raises(ValueError, match="belongs to `fewstep train`, not `fewstep finetune`"):
+        run.open_run(folder, "finetune", {"lr": 0.1, "seed": 0})
+    assert files_of(folder) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="not a run folder"):
+        run.open_run(tmp_path / "mine", "train", {})
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_config_of_somebody_else_or_of_the_future_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    for text, message in (
+        ("{", "damaged"),
+        ('{"a": 1}', "somebody else's"),
+        (json.dumps({"format": run.FORMAT, "version": 9}), "version 9"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run.read_config(tmp_path)
