@@ -173,7 +173,7 @@ def generate(
     for part in track(start.split(batch_size), -(-count // batch_size), "sampling"):
         x = part.to(device) * float(model.path.sigma(times[0]))
         if isinstance(model, Sampler):
-            result, evaluations = model.rollout(x, steps)[-1], model.steps * model.denoiser.evaluations
+            result, evaluations = model.sample(x, steps), model.steps * model.denoiser.evaluations
         else:
             result, evaluations, _ = solve(model, x, times, solver, generator=steps)
         done.append(result.cpu())

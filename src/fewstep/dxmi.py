@@ -14,6 +14,9 @@ c_i bounds the entropy by the data-processing inequality, against a backward cha
 takes k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not
 charge for the rescaling of the others; s_i^2 starts at that kernel's variance and then follows the running mean square
 (adaptive velocity regularisation). A step without noise has no running cost.
+
+The last step's noise is fixed, so the sampler cannot reach the data itself, only the data with that noise added: that is
+what it is held to, or the energy would learn to see the noise. `Sampler.sample` leaves the noise of the last step out.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fewstep.config import FinetuneConfig
 from fewstep.energy import Value
 from fewstep.path import broadcast
 from fewstep.sampler import Sampler
+from fewstep.training import averaged
 
 
 class FinetuneState:
@@ -39,9 +42,8 @@ class FinetuneState:
         if value.steps != sampler.steps:
             raise ValueError(f"the value is made for {value.steps} steps, the sampler takes {sampler.steps}")
         self.config, self.sampler, self.value = config, sampler, value
-        average = get_ema_multi_avg_fn(config.ema)
-        self.averaged = AveragedModel(sampler, multi_avg_fn=average)
-        self.averaged_value = AveragedModel(value, multi_avg_fn=average)
+        self.averaged = averaged(sampler, config.ema)
+        self.averaged_value = averaged(value, config.ema)
         self.sampler_optimiser = torch.optim.Adam(
             [{"params": list(sampler.denoiser.parameters())}, {"params": [sampler.log_std]}],
             lr=config.lr,
@@ -161,7 +163,9 @@ def finetune(state: FinetuneState, data: Tensor) -> Iterator[dict[str, float]]:
     """
     while state.step < state.config.iterations:
         rows = torch.randint(len(data), (state.config.batch_size,), generator=state.generator)
-        metrics = iterate(state, data[rows.to(data.device)])
+        batch = data[rows.to(data.device)]
+        smoothing = torch.randn(batch.shape, generator=state.generator).to(batch)
+        metrics = iterate(state, batch + state.config.last_std * smoothing)
         for name, value in metrics.items():
             if not abs(value) < float("inf"):
                 raise ValueError(f"{name} is not finite at iteration {state.step}: lower --lr and --lr-value")

@@ -36,7 +36,7 @@ class Sampler(nn.Module):
 
     times: Tensor
     initial_std: Tensor
-    fixed: Tensor
+    last_std: Tensor
 
     def __init__(self, denoiser: Denoiser, times: Tensor, last_std: float = 0.0):
         super().__init__()
@@ -47,11 +47,10 @@ class Sampler(nn.Module):
             raise ValueError(f"last_std must not be negative, got {last_std}")
         self.denoiser = denoiser
         std = ancestral_std(denoiser.path, times[:-1], times[1:])
-        fixed = torch.arange(len(std)) == len(std) - 1
         self.register_buffer("times", times)
         self.register_buffer("initial_std", std)
-        self.register_buffer("fixed", torch.where(fixed, torch.full_like(std, last_std), torch.nan))
-        self.log_std = nn.Parameter(torch.where(fixed, 0.0, std.clamp(min=1e-20).log()).float())
+        self.register_buffer("last_std", torch.tensor([last_std], dtype=torch.float32))
+        self.log_std = nn.Parameter(std[:-1].log().float())
 
     @property
     def path(self) -> Path:
@@ -63,7 +62,7 @@ class Sampler(nn.Module):
 
     def std(self) -> Tensor:
         """The noise of every step: (N,)."""
-        return torch.where(torch.isnan(self.fixed), self.log_std.exp(), self.fixed.to(self.log_std))
+        return torch.cat([self.log_std.exp(), self.last_std])
 
     def step(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Transition:
         """The law of x_{i+1} given x_i = x (b, *d); i a step index, or one per sample (b,). Differentiable."""
@@ -84,3 +83,11 @@ class Sampler(nn.Module):
         for i in range(self.steps):
             states.append(self.step(states[-1], i, cond).draw(generator))
         return torch.stack(states)
+
+    @torch.no_grad()
+    def sample(self, start: Tensor, generator: torch.Generator | None = None, cond: Cond = None) -> Tensor:
+        """Samples (b, *d): a rollout whose last step is its mean, without noise. N evaluations per sample."""
+        x = start
+        for i in range(self.steps - 1):
+            x = self.step(x, i, cond).draw(generator)
+        return self.step(x, self.steps - 1, cond).mean

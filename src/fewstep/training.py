@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fewstep.config import TrainConfig
@@ -26,6 +26,15 @@ def make_denoiser(shape: tuple[int, ...], config: TrainConfig) -> Pretrained:
     return Pretrained(net, Cosine(config.sigma_min, config.sigma_max), "v", shape=shape)
 
 
+def averaged(module: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of a module, with diffusers' warm-up: decay (1 + n)/(10 + n) in the n-th update."""
+
+    def update(average: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(average, current, n)
+
+    return AveragedModel(module, multi_avg_fn=update)
+
+
 class TrainState:
     """All that the next iteration needs. `averaged.module` is the denoiser to use."""
 
@@ -33,7 +42,7 @@ class TrainState:
         torch.manual_seed(config.seed)
         self.config = config
         self.denoiser = make_denoiser(shape, config).to(device)
-        self.averaged = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.averaged = averaged(self.denoiser, config.ema)
         self.optimiser = torch.optim.Adam(self.denoiser.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
