@@ -92,7 +92,7 @@ def schedule(
     )
     learned = dataclasses.replace(learned, provenance={"model": model, "data": source.name} | learned.provenance)
     learned.save(folder / SCHEDULE)
-    report.curve_figure(folder / "curve.png", denoiser.path, baselines(learned) | {"learned": learned}, (4, 8))
+    report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, (4, 9))
     return folder, learned
 
 
@@ -116,7 +116,7 @@ def finetune(
     settings = {"model": name, "model_is_local": local, "schedule": schedule_name, "times": times.tolist()}
     settings |= source.settings() | {"shape": list(data.shape)} | dataclasses.asdict(config)
     folder = open_run(out, "finetune", settings)
-    state = make_state(Sampler(denoiser, times, config.last_std), config, data.shape)
+    state = make_state(Sampler(denoiser, times, config.last_std, config.eta), config, data.shape)
     resume(folder, state)
     loop = record(folder, state, finetune_loop(state, data.train.to(device)))
     for _ in track(loop, config.iterations - state.step, f"fine-tuning {steps} steps"):

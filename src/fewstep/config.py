@@ -76,27 +76,29 @@ class FinetuneConfig:
     """Iterations: each one rollout, one step of the value and energy, one step of the sampler."""
     warmup: Annotated[int, Field(ge=0)] = 200
     """Iterations at the start in which only the value and energy learn, so that the sampler has something to follow."""
-    batch_size: Count = 128
+    batch_size: Count = 64
     """Rollouts, and data, per iteration."""
     lr: Positive = 1e-5
     """Adam's rate for the sampler's network. All rates fall linearly over the second half."""
-    lr_std: Positive = 1e-3
+    lr_std: Positive = 3e-4
     """Adam's rate for the log of the step noises (the paper: 100 times the sampler's)."""
-    lr_value: Positive = 1e-3
+    lr_value: Positive = 5e-4
     """Adam's rate for the value and energy (above the sampler's)."""
-    tau: NotNegative = 0.05
-    """Temperature: weight of the entropy and velocity costs, per dimension. 0.05 chosen on the 8 Gaussians."""
+    tau: NotNegative = 0.01
+    """Temperature: weight of the entropy and velocity costs, per dimension."""
     gamma: NotNegative = 1.0
     """Weight of the energy's square, which bounds it."""
     velocity_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
     """Decay of the running mean square velocity (the paper's a); 1 keeps the path's own."""
     momentum: Decay = 0.0
-    """Adam's first moment decay, of all three."""
+    """Adam's first moment decay, of all three; above 0 the two players overshoot each other."""
     ema: Decay = 0.995
     """Decay of the averaged sampler and value, which are the ones that are used."""
     clip: Positive = 1.0
     """Largest norm of the gradient of the sampler's network."""
-    last_std: NotNegative = 0.02
-    """Noise of the last step, fixed; 0 makes it deterministic, and then without running cost."""
+    eta: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Noise of the untrained steps, as a share of ancestral sampling's."""
+    last_std: NotNegative = 0.1
+    """Fixed noise of the last step, added to the data as well; 0 makes the step deterministic, without running cost."""
     seed: int = 0
     """Seed of the value's weights, the data's order and the noise."""

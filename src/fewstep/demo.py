@@ -27,8 +27,8 @@ def run_demo(out: File, seed: int, quick: bool, track: commands.Track = commands
     """Everything into the folder `out`; returns the lines that say what was gained, and the page."""
     clock = time.perf_counter()
     open_run(out, "demo", {"seed": seed, "quick": quick})
-    train_config = TrainConfig(iterations=100 if quick else 4000, sigma_min=0.1, seed=seed)
-    finetune_config = FinetuneConfig(iterations=40 if quick else 1500, warmup=20 if quick else 200, seed=seed)
+    train_config = TrainConfig(iterations=100 if quick else 4000, sigma_min=0.2, sigma_max=10.0, seed=seed)
+    finetune_config = FinetuneConfig(iterations=40 if quick else 1600, warmup=20 if quick else 200, last_std=0.2, seed=seed)
     model, fitted, tuned = out / "model", out / "schedule", out / "sampler"
 
     commands.train(SOURCE, model, train_config, track=track)
@@ -67,7 +67,7 @@ def pictures(out: File, seed: int) -> dict[str, Any]:
     sets |= {f"{name}, {STEPS}": draw(denoiser, s.times(denoiser.path, STEPS)) for name, s in schedules.items()}
     sets |= {f"fine-tuned, {STEPS}": draw(sampler, sampler.times)}
     report.samples_figure(out / "samples.png", sets, columns=8, rows=8)
-    report.curve_figure(out / "curve.png", denoiser.path, schedules, (STEPS, 10))
+    report.curve_figure(out / "curve.png", schedules, (STEPS, 9))
     costs = commands.grid_costs(denoiser, data.train, schedules, 11)
     report.costs_figure(out / "costs.png", costs)
 

@@ -121,7 +121,7 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
     settings = run["config"]
     model = settings["model"]
     denoiser = load_denoiser(str((folder / model).resolve()) if settings["model_is_local"] else model)
-    sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"])
+    sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"], settings["eta"])
     value = Value(tuple(settings["shape"]), sampler.steps)
     load_weights(sampler, folder / SAMPLER)
     load_weights(value, folder / VALUE)

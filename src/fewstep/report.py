@@ -17,7 +17,6 @@ import torch
 from jinja2 import Template
 from torch import Tensor
 
-from fewstep.path import Path
 from fewstep.schedule import Schedule
 
 plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -42,7 +41,8 @@ def is_images(x: Tensor) -> bool:
 
 def samples_figure(file: File, sets: dict[str, Tensor], columns: int = 10, rows: int = 4) -> None:
     """Samples of several methods side by side: images as grids, vectors as a scatter of their first two coordinates."""
-    figure, axes = plt.subplots(1, len(sets), figsize=(3.1 * len(sets), 3.4 * rows / columns * 1.6 + 1.0), squeeze=False)
+    width = 6.0 if len(sets) == 1 else 3.1
+    figure, axes = plt.subplots(1, len(sets), figsize=(width * len(sets), width * rows / columns + 0.4), squeeze=False)
     for axis, (name, x) in zip(axes[0], sets.items(), strict=True):
         if is_images(x):
             axis.imshow(tile(x[: columns * rows], columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -55,16 +55,17 @@ def samples_figure(file: File, sets: dict[str, Tensor], columns: int = 10, rows:
     _save(figure, file)
 
 
-def curve_figure(file: File, path: Path, schedules: dict[str, Schedule], steps: Sequence[int]) -> None:
+def curve_figure(file: File, schedules: dict[str, Schedule], steps: Sequence[int]) -> None:
     """Where the levels of each schedule lie: sigma/alpha against the share of the steps, the last curve with its grids."""
     figure, axis = plt.subplots(figsize=(5.6, 3.4))
     u = torch.linspace(0, 1, 400, dtype=torch.float64)
     for name, schedule in schedules.items():
         axis.semilogy(u, torch.tan(schedule.at(u)), label=name, color=COLOURS.get(name))
     name, schedule = list(schedules.items())[-1]
-    for n, marker in zip(steps, "osD^v*", strict=False):
+    for n, marker, size in zip(steps, "os^v", (8, 4, 4, 4), strict=False):
         levels = torch.tan(schedule.at(torch.linspace(0, 1, n, dtype=torch.float64)))
-        axis.semilogy(torch.linspace(0, 1, n), levels, marker, color=COLOURS.get(name), label=f"{name}, {n} steps", ms=4)
+        style = {"color": COLOURS.get(name), "ms": size, "mfc": "none" if size == 8 else None}
+        axis.semilogy(torch.linspace(0, 1, n), levels, marker, label=f"its {n} levels", **style)
     axis.set(xlabel="share of the steps u (0 = noise, 1 = cleanest level before data)", ylabel="noise level sigma/alpha")
     axis.legend(frameon=False, fontsize=8)
     _save(figure, file)
@@ -133,8 +134,7 @@ def loss_figure(file: File, metrics: list[dict[str, float]], names: Sequence[str
 
 
 def _save(figure, file: File) -> None:
-    figure.tight_layout()
-    figure.savefig(file)
+    figure.savefig(file, bbox_inches="tight")
     plt.close(figure)
 
 

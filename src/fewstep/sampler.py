@@ -2,8 +2,8 @@
 
     step i:  x_{i+1} = mean + std_i z,   mean = alpha_s x0 + sqrt(sigma_s^2 - std0_i^2) eps,   t = times[i], s = times[i+1]
 
-std0 is ancestral sampling's, so an untrained Sampler *is* the ancestral sampler; std is learned from there, apart from
-the mean, except in the last step (to exact data), where it is fixed.
+std0 is eta times ancestral sampling's, so an untrained Sampler with eta = 1 *is* the ancestral sampler, and DDIM in the
+limit of 0; std is learned from there, apart from the mean, except in the last step (to exact data), where it is fixed.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ class Transition(NamedTuple):
 
 
 class Sampler(nn.Module):
-    """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step."""
+    """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step.
+
+    eta: the share of ancestral sampling's noise that the untrained sampler has.
+    """
 
     times: Tensor
     initial_std: Tensor
     last_std: Tensor
 
-    def __init__(self, denoiser: Denoiser, times: Tensor, last_std: float = 0.0):
+    def __init__(self, denoiser: Denoiser, times: Tensor, last_std: float = 0.0, eta: float = 1.0):
         super().__init__()
         times = as_time(times)
         if times.ndim != 1 or len(times) < 2 or bool((times.diff() >= 0).any()):
             raise ValueError(f"times must strictly decrease and hold at least 2 entries, got {times.tolist()}")
-        if last_std < 0:
-            raise ValueError(f"last_std must not be negative, got {last_std}")
+        if last_std < 0 or not 0 < eta <= 1:
+            raise ValueError(f"a sampler needs last_std >= 0 and eta in (0, 1], got {last_std} and {eta}")
         self.denoiser = denoiser
-        std = ancestral_std(denoiser.path, times[:-1], times[1:])
+        std = eta * ancestral_std(denoiser.path, times[:-1], times[1:])
         self.register_buffer("times", times)
         self.register_buffer("initial_std", std)
         self.register_buffer("last_std", torch.tensor([last_std], dtype=torch.float32))

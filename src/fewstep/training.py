@@ -20,6 +20,9 @@ from fewstep.networks import make_denoising_net
 from fewstep.path import Cosine, broadcast
 
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 def make_denoiser(shape: tuple[int, ...], config: TrainConfig) -> Pretrained:
     """The untrained model that a TrainConfig describes; its weights depend on torch's global seed."""
     net = make_denoising_net(shape, config.network, config.width, config.depth)
@@ -29,7 +32,7 @@ def make_denoiser(shape: tuple[int, ...], config: TrainConfig) -> Pretrained:
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
     """The exponential moving average of a module, with diffusers' warm-up: decay (1 + n)/(10 + n) in the n-th update."""
 
-    def update(average: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+    def update(average: Tensors, current: Tensors, n: Tensor | int) -> None:
         get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(average, current, n)
 
     return AveragedModel(module, multi_avg_fn=update)
