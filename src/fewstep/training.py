@@ -19,7 +19,6 @@ from fewstep.denoiser import Pretrained
 from fewstep.networks import make_denoising_net
 from fewstep.path import Cosine, broadcast
 
-
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 

@@ -1,0 +1,45 @@
+"""What the README shows runs, and its tables are what the committed JSON says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewstep import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
+    exec(code, names)
+    assert (tmp_path / "schedule.json").exists()
+    assert names["evaluations"] == 8
+    assert names["samples"][:, 0].abs().mean() == pytest.approx(2.0, abs=0.2)  # the two modes
+
+
+@pytest.mark.parametrize("line", re.findall(r"^fewstep .*$", README, re.M))
+def test_every_command_line_parses(line):
+    tokens = shlex.split(line, comments=True)[1:]
+    command, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+    assert command.__name__ == tokens[0]
+    assert bound.arguments
+
+
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links), [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_tables_are_those_of_the_committed_json():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
