@@ -22,7 +22,7 @@ bench: $(READY)
 
 # uv looks for wheels where pip does, and falls back to pip where uv cannot be had
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'fewstep needs Python 3.10 or newer'"
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'the versions in constraints.txt need Python 3.11 or newer; pip install . needs 3.10'"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "uv>=0.5" && \
 	  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' || \

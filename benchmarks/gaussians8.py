@@ -77,7 +77,7 @@ def one_seed(seed: int, config: FinetuneConfig, n: int, references: int, directi
     row = {"seed": seed, "pretraining_cpu_seconds": round(time.process_time() - started, 1)}
     row["sw_start"] = quality(start, n, references, directions)
     started = time.process_time()
-    state = make_state(start, FinetuneConfig(**{**vars_of(config), "seed": seed}), (2,))
+    state = make_state(start.denoiser, start.times, FinetuneConfig(**{**vars_of(config), "seed": seed}), (2,))
     for _ in finetune(state, data):
         pass
     row["finetuning_cpu_seconds"] = round(time.process_time() - started, 1)

@@ -42,8 +42,8 @@ def demo() -> str:
     seconds = spread([s["seconds"] for s in seeds], 0)
     rows = [
         f"What the demo gives at 4 evaluations (`python benchmarks/demo_seeds.py`, {result['date']}, {len(seeds)} seeds of "
-        f"3 x 2,000 samples, mean ± standard deviation; {seconds} s per run on 2 shared cores). FD-pixels is a Fréchet distance "
-        "in pixels, not an FID:",
+        f"3 x 2,000 samples, mean ± standard deviation; {seconds} s per run on 2 shared cores). FD-pixels is a Fréchet "
+        "distance in pixels, not an FID:",
         "",
         "| method | FD-pixels | sliced Wasserstein |",
         "|---|---|---|",

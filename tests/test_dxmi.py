@@ -30,7 +30,7 @@ def state_of(path=None, **settings) -> FinetuneState:
     else:
         denoiser = OnPath(Mixture(torch.zeros(1, 2), 1.0), path)
         denoiser.stand_in = torch.nn.Parameter(torch.zeros(1))  # an optimiser wants a parameter
-    return make_state(Sampler(denoiser, karras(0.1, 10).times(denoiser.path, 3), config.last_std), config, (2,))
+    return make_state(denoiser, karras(0.1, 10).times(denoiser.path, 3), config, (2,))
 
 
 @pytest.mark.parametrize("path", [VE(0.1, 10), VP(), Cosine(), Linear()], ids=repr)
@@ -96,7 +96,7 @@ def test_with_entropy_only_the_noise_finds_the_maximum_entropy_of_the_bound():
 def test_the_energy_of_a_fixed_sampler_is_the_least_squares_critic():
     """With the sampler held, E tends to (pi - p)/(2 gamma (pi + p)): here 1-D normals, checked at several points."""
     gamma, g = 1.0, torch.Generator().manual_seed(0)
-    value = Value((1,), 1, width=64)
+    value = Value((1,), torch.ones(2), width=64)
     sampler = Sampler(make_denoiser((1,), gaussians8.TRAIN), torch.tensor([0.5, 0.0], dtype=torch.float64), 0.1)
     state = FinetuneState(sampler, value, FinetuneConfig(gamma=gamma, lr_value=2e-3, momentum=0.9))
     i = torch.zeros(2000, dtype=torch.long)
@@ -130,7 +130,7 @@ def test_fine_tuning_halves_the_excess_on_the_8_gaussians_and_its_energy_detects
     """One short seed of benchmarks/gaussians8.py: same start, a third of the iterations, smaller estimators."""
     start, data = gaussians8.pretrain(seed=0, iterations=1500)
     config = FinetuneConfig(**(gaussians8.vars_of(gaussians8.FINETUNE) | {"iterations": 1000}))
-    state = make_state(start, config, (2,))
+    state = make_state(start.denoiser, start.times, config, (2,))
     for _ in finetune(state, data):
         pass
     g, n = torch.Generator().manual_seed(5), 10_000

@@ -16,7 +16,6 @@ from fewstep import run
 from fewstep.config import FinetuneConfig, TrainConfig
 from fewstep.dxmi import finetune, make_state
 from fewstep.mixture import ring
-from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, make_denoiser, train
 
@@ -35,10 +34,10 @@ def fewstep(*arguments, **options):
 
 
 def files_of(folder):
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix in (".safetensors", ".jsonl", ".json")}
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix in (".safetensors", ".jsonl")}
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)  # six processes, each of which imports torch
 def test_training_and_fine_tuning_continue_bit_for_bit_after_kill_9(points, tmp_path):
     """Both commands, killed at a random moment after a checkpoint, end with the files of an undisturbed run."""
     seed = random.randrange(1000)
@@ -48,14 +47,14 @@ def test_training_and_fine_tuning_continue_bit_for_bit_after_kill_9(points, tmp_
     def go(command, out, kill):
         arguments = (command, "--data", points, "--out", out, *TINY) if command == "train" else (
             *("finetune", "--model", tmp_path / "whole" / "train", "--data", points, "--out", out, "--steps", 2),
-            *("--iterations", 600, "--warmup", 50, "--batch-size", 16, "--threads", 1),
+            *("--iterations", 400, "--warmup", 50, "--batch-size", 16, "--threads", 1),
         )  # fmt: skip
         process = fewstep(*arguments, *(("--iterations", 1500) if command == "train" else ()))
         if kill:
             deadline = time.time() + 100
             while not (out / run.CHECKPOINT).exists() and process.poll() is None and time.time() < deadline:
                 time.sleep(0.005)
-            time.sleep(moment.random() * 0.5)
+            time.sleep(moment.random() * 0.3)
             killed = process.poll() is None
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -75,13 +74,13 @@ def test_training_and_fine_tuning_continue_bit_for_bit_after_kill_9(points, tmp_
 def states():
     g = torch.Generator().manual_seed(0)
     data = ring().sample(500, g)
-    small = TrainConfig(iterations=90, batch_size=16, width=16, depth=1)
+    small = TrainConfig(iterations=95, batch_size=16, width=16, depth=1)
     denoiser = make_denoiser((2,), small)
-    sampler = Sampler(denoiser, karras(0.1, 10).times(denoiser.path, 3), 0.02)
-    tuned = FinetuneConfig(iterations=90, warmup=20, batch_size=16)
+    times = karras(0.1, 10).times(denoiser.path, 3)
+    tuned = FinetuneConfig(iterations=95, warmup=25, batch_size=16)
     return {
         "train": (lambda: TrainState((2,), small), lambda state: train(state, data)),
-        "finetune": (lambda: make_state(sampler, tuned, (2,)), lambda state: finetune(state, data)),
+        "finetune": (lambda: make_state(denoiser, times, tuned, (2,)), lambda state: finetune(state, data)),
     }
 
 
@@ -97,9 +96,9 @@ def test_a_loop_that_stops_between_saves_repeats_exactly_what_was_lost(kind, tmp
             for _ in run.record(folder, state, loop(state), log_every=10, save_every=20):
                 if state.step == stop:
                     break
-        logs.append((run.read_metrics(folder), run.load_tree(folder / run.CHECKPOINT)))
+        logs.append((run.read_lines(folder / "metrics.jsonl"), run.load_tree(folder / run.CHECKPOINT)))
     assert logs[0][0] == logs[1][0]
-    assert [row["step"] for row in logs[0][0]] == list(range(10, 91, 10))
+    assert [row["step"] for row in logs[0][0]] == [*range(10, 95, 10), 95]
     flat = [dict(leaves(tree)) for _, tree in logs]
     assert flat[0].keys() == flat[1].keys()
     for name, value in flat[0].items():

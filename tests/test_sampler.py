@@ -298,7 +298,7 @@ def test_a_step_that_the_sampler_lacks_is_refused(i):
 @pytest.mark.parametrize("shape", [(2,), (1, 4, 4)], ids=str)
 def test_the_energy_is_the_last_slice_of_the_value(shape):
     torch.manual_seed(0)
-    value = Value(shape, steps=5)
+    value = Value(shape, torch.ones(6))
     x = torch.randn(8, *shape, generator=seeded(0))
     assert value.energy(x).shape == (8,)
     assert torch.equal(value.energy(x), value(x, 5))
@@ -308,13 +308,26 @@ def test_the_energy_is_the_last_slice_of_the_value(shape):
 
 def test_a_value_takes_one_step_index_per_sample():
     torch.manual_seed(0)
-    value = Value((2,), steps=5)
+    value = Value((2,), torch.ones(6))
     x, i = torch.randn(12, 2, generator=seeded(0)), torch.arange(12) % 6
     together = value(x, i)
     for k in range(12):
         torch.testing.assert_close(together[k], value(x[k : k + 1], int(i[k]))[0], rtol=1e-5, atol=1e-6)
 
 
+def test_a_value_sees_the_states_of_a_ve_path_at_the_datas_size():
+    """The same network on the VE path and on the cosine path gives one value, at equal angles."""
+    torch.manual_seed(0)
+    times = {path: karras(0.1, 10).times(path, 4) for path in (VE(0.1, 10), Cosine())}
+    samplers = [Sampler(ring(path=path), t) for path, t in times.items()]
+    values = [Value((2,), sampler.radius()) for sampler in samplers]
+    values[1].load_state_dict(values[0].state_dict() | {"radius": samplers[1].radius().float()})
+    x = torch.randn(7, 2, generator=seeded(1))
+    for i in range(5):
+        on_ve = x * samplers[0].radius()[i].float()
+        torch.testing.assert_close(values[0](on_ve, i), values[1](x, i), rtol=1e-5, atol=1e-6)
+
+
 def test_a_value_has_no_step_beyond_the_last():
     with pytest.raises(IndexError):
-        Value((2,), steps=5)(torch.zeros(1, 2), 6)
+        Value((2,), torch.ones(6))(torch.zeros(1, 2), 6)

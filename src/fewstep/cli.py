@@ -49,9 +49,9 @@ def demo(
     from fewstep.demo import run_demo
 
     summary, page = run_demo(out, seed, quick, track)
-    for line in summary:
+    for line in summary[:-1]:
         print(line)
-    print(f"The page with the pictures: {page}")
+    print(f"{summary[-1]} Look at {page}")
 
 
 @app.command(sort_key=1)
@@ -70,6 +70,7 @@ def train(
     from fewstep import commands
 
     folder = commands.train(_source(data, data_folder, size), out, config, _device(device), track)
+    commands.show(folder)
     print(f"The model is in {folder}; next: fewstep schedule --model {folder} --data {data} --out SCHEDULE")
 
 
@@ -90,6 +91,7 @@ def schedule(
     from fewstep import commands
 
     folder, learned = commands.schedule(model, _source(data, data_folder, size), out, config, _device(device), track)
+    commands.show(folder)
     about = learned.provenance
     print(
         f"{folder / commands.SCHEDULE}: length {about['Lambda']:.4g} ± {about['Lambda_error']:.2g}, split-half error of "
@@ -117,6 +119,7 @@ def finetune(
 
     source = _source(data, data_folder, size)
     folder = commands.finetune(model, source, out, steps, config, schedule, _device(device), track)
+    commands.show(folder)
     print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
 
 
@@ -125,16 +128,16 @@ def sample(
     *,
     model: Annotated[str, Parameter(help="As for `schedule`, or a folder of `fewstep finetune`.")],
     out: Out,
-    steps: Annotated[Count | None, Parameter(help="Steps of the solver; 10, or the fine-tuned sampler's own.")] = None,
+    steps: Annotated[Count | None, Parameter(help="Steps of the solver.")] = None,
     count: Count = 64,
-    schedule: ScheduleName = "karras",
-    solver: Solver = "euler",
+    schedule: ScheduleName | None = None,
+    solver: Solver | None = None,
     shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where the model does not say it.")] = None,
     seed: int = 0,
     device: Device = "auto",
     threads: Count | None = None,
 ) -> None:
-    """Draw samples into samples.npz and samples.png."""
+    """Draw samples into samples.npz and samples.png: by default 10 steps of euler on karras, or a fine-tuned sampler's own."""
     _threads(threads)
     from fewstep import commands
 
@@ -180,6 +183,7 @@ def evaluate(
         _device(device),
         track,
     )
+    commands.show(folder)
     _print_table(commands.table_of(rows))
     print(f"held-out data against training data: {', '.join(f'{k} {v:.3f}' for k, v in floor.items())}")
     print(f"{folder / commands.ROWS} and {folder / 'quality.png'}")

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -15,16 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep import models, report
+from fewstep import __version__, models, report
 from fewstep.config import FinetuneConfig, LearnConfig, TrainConfig
-from fewstep.data import load_data
+from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
 from fewstep.dxmi import finetune as finetune_loop
 from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.learn import learn_schedule, step_costs
 from fewstep.metrics import energy_distance, frechet_distance, sliced_wasserstein
-from fewstep.run import open_run, read_config, read_metrics, record, resume, write_json
+from fewstep.run import (
+    fingerprint,
+    open_run,
+    read_config,
+    read_lines,
+    record,
+    require_free,
+    resume,
+    write_json,
+    write_lines,
+)
 from fewstep.sampler import Sampler
 from fewstep.schedule import NAMED, Schedule
 from fewstep.solvers import solve
@@ -32,7 +44,7 @@ from fewstep.training import TrainState
 from fewstep.training import train as train_loop
 
 Track = Callable[[Iterable, int, str], Iterable]
-SCHEDULE, ROWS = "schedule.json", "evaluation.jsonl"
+SCHEDULE, SAMPLES, ROWS = "schedule.json", "samples.npz", "evaluation.jsonl"
 
 
 def silent(loop: Iterable, total: int, title: str) -> Iterable:
@@ -47,11 +59,17 @@ class Source:
     folder: str | None = None
     size: int | None = None
 
-    def load(self):
+    def load(self) -> Data:
         return load_data(self.name, self.folder, self.size)
 
-    def settings(self) -> dict[str, Any]:
-        return {"data": self.name, "data_size": self.size}
+    def settings(self, data: Data) -> dict[str, Any]:
+        return {"data": self.name, "data_size": self.size, "data_fingerprint": fingerprint([data.train])}
+
+
+def model_settings(model: str, denoiser: Denoiser, out: File) -> dict[str, Any]:
+    """A model's name as a run folder keeps it, and what tells its weights from others."""
+    name, local = models.relative_to(model, out)
+    return {"model": name, "model_is_local": local, "model_fingerprint": fingerprint(denoiser.state_dict().values())}
 
 
 def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", track: Track = silent) -> File:
@@ -60,8 +78,8 @@ def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", t
     spread = float(data.train.std())
     if not 0.1 < spread < 10:
         raise ValueError(f"{source.name} has standard deviation {spread:.3g}; scale it to about 1 (it must lie in 0.1 .. 10)")
-    folder = open_run(out, "train", source.settings() | {"shape": list(data.shape)} | dataclasses.asdict(config))
     state = TrainState(data.shape, config, device)
+    folder = open_run(out, "train", source.settings(data) | {"shape": list(data.shape)} | dataclasses.asdict(config))
     resume(folder, state)
     loop = record(folder, state, train_loop(state, data.train.to(device)))
     for _ in track(loop, config.iterations - state.step, "training"):
@@ -76,8 +94,10 @@ def schedule(
     """Learn the model's schedule into out/schedule.json, with the curve as a picture."""
     denoiser, data = models.load_denoiser(model, device), source.load()
     require_shape(denoiser, data.shape)
-    settings = {"model": models.relative_to(model, File(out))[0]} | source.settings() | dataclasses.asdict(config)
-    folder = open_run(out, "schedule", settings)
+    settings = model_settings(model, denoiser, out) | source.settings(data) | dataclasses.asdict(config)
+    folder = require_free(out, "schedule", settings)
+    if (folder / SCHEDULE).exists():
+        return folder, Schedule.load(folder / SCHEDULE)
     learned = learn_schedule(
         denoiser,
         data.train.to(device),
@@ -90,9 +110,11 @@ def schedule(
         generator=torch.Generator().manual_seed(config.seed),
         progress=lambda batches: track(batches, len(batches), "probing costs"),  # type: ignore[arg-type]
     )
-    learned = dataclasses.replace(learned, provenance={"model": model, "data": source.name} | learned.provenance)
-    learned.save(folder / SCHEDULE)
+    about = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
+    learned = dataclasses.replace(learned, provenance=about | {"data": source.name} | learned.provenance)
+    open_run(folder, "schedule", settings)
     report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, (4, 9))
+    learned.save(folder / SCHEDULE)
     return folder, learned
 
 
@@ -112,11 +134,9 @@ def finetune(
     if len(data.train) < config.batch_size:
         raise ValueError(f"too few samples: {len(data.train)} for a batch of {config.batch_size}; lower --batch-size")
     times = find_schedule(schedule_name, denoiser).times(denoiser.path, steps)
-    name, local = models.relative_to(model, File(out))
-    settings = {"model": name, "model_is_local": local, "schedule": schedule_name, "times": times.tolist()}
-    settings |= source.settings() | {"shape": list(data.shape)} | dataclasses.asdict(config)
-    folder = open_run(out, "finetune", settings)
-    state = make_state(Sampler(denoiser, times, config.last_std, config.eta), config, data.shape)
+    state = make_state(denoiser, times, config, data.shape)
+    settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "shape": list(data.shape)}
+    folder = open_run(out, "finetune", settings | source.settings(data) | dataclasses.asdict(config))
     resume(folder, state)
     loop = record(folder, state, finetune_loop(state, data.train.to(device)))
     for _ in track(loop, config.iterations - state.step, f"fine-tuning {steps} steps"):
@@ -167,15 +187,15 @@ def generate(
     track: Track = silent,
 ) -> tuple[Tensor, int]:
     """Samples (count, *shape) on the CPU and evaluations per sample. Equal seeds start from equal noise, in any batches."""
-    start = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-    steps = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(count, *shape, generator=generator)
     done, evaluations = [], 0
     for part in track(start.split(batch_size), -(-count // batch_size), "sampling"):
         x = part.to(device) * float(model.path.sigma(times[0]))
         if isinstance(model, Sampler):
-            result, evaluations = model.sample(x, steps), model.steps * model.denoiser.evaluations
+            result, evaluations = model.sample(x, generator), model.steps * model.denoiser.evaluations
         else:
-            result, evaluations, _ = solve(model, x, times, solver, generator=steps)
+            result, evaluations, _ = solve(model, x, times, solver, generator=generator)
         done.append(result.cpu())
     return torch.cat(done), evaluations
 
@@ -185,32 +205,41 @@ def sample(
     out: File,
     steps: int | None,
     count: int,
-    schedule_name: str = "karras",
-    solver: str = "euler",
+    schedule_name: str | None = None,
+    solver: str | None = None,
     shape: Sequence[int] | None = None,
     seed: int = 0,
     device: str = "cpu",
     track: Track = silent,
 ) -> File:
-    """Samples into out/samples.npz (under x) and out/samples.png."""
+    """Samples into out/samples.npz (under x) and out/samples.png: 10 steps of euler on karras unless told otherwise.
+
+    A fine-tuned sampler has its own steps and levels: giving others raises ValueError.
+    """
     chosen: Denoiser | Sampler
     if models.is_sampler(model):
         chosen, _ = models.load_sampler(model, device)
-        settings: dict[str, Any] = {"steps": chosen.steps}
-        times, form = chosen.times.cpu(), shape_of(chosen.denoiser, shape)
-        if steps not in (None, chosen.steps):
-            raise ValueError(f"{model} was fine-tuned for {chosen.steps} steps, not {steps}; leave --steps out")
+        times, form, solver = chosen.times.cpu(), shape_of(chosen.denoiser, shape), solver or ""
+        if steps not in (None, chosen.steps) or schedule_name or solver:
+            raise ValueError(
+                f"{model} was fine-tuned for {chosen.steps} steps on its own levels; leave --steps, --schedule and --solver out"
+            )
     else:
-        steps = 10 if steps is None else steps
-        chosen = models.load_denoiser(model, device)
-        times, form = find_schedule(schedule_name, chosen).times(chosen.path, steps), shape_of(chosen, shape)
-        settings = {"steps": steps, "schedule": schedule_name, "solver": solver}
-    settings |= {"model": models.relative_to(model, File(out))[0], "count": count, "seed": seed}
-    folder = open_run(out, "sample", settings)
+        chosen, solver = models.load_denoiser(model, device), solver or "euler"
+        times = find_schedule(schedule_name or "karras", chosen).times(chosen.path, steps or 10)
+        form = shape_of(chosen, shape)
+    denoiser = chosen.denoiser if isinstance(chosen, Sampler) else chosen
+    settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "solver": solver}
+    settings |= {"shape": list(form), "count": count, "seed": seed}
+    folder = require_free(out, "sample", settings)
+    if (folder / SAMPLES).exists():
+        return folder
     x, evaluations = generate(chosen, times, count, form, solver, seed, device, track=track)
-    np.savez(folder / "samples.npz", x=x.numpy())
+    open_run(folder, "sample", settings)
     title = f"{count} samples, {evaluations} evaluations each"
     report.samples_figure(folder / "samples.png", {title: x}, columns=min(10, count), rows=-(-min(count, 100) // 10))
+    np.savez(folder / "part.npz", x=x.numpy())
+    os.replace(folder / "part.npz", folder / SAMPLES)
     return folder
 
 
@@ -246,25 +275,26 @@ def evaluate(
     goes on with the cells that are missing.
     """
     data = source.load()
-    settings: dict[str, Any] = {"model": model, "samplers": list(samplers), "schedules": list(schedules)}
-    settings |= {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds, "features": features}
-    settings |= source.settings()
-    folder = open_run(out, "evaluate", settings)
     extract = models.load_function(features) if features else None
-    denoiser = models.load_denoiser(model, device) if model else None
-
+    settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
+    settings |= {"features": features} | source.settings(data)
     cells: list[tuple[str, Denoiser | Sampler, Tensor, str]] = []
-    if denoiser is not None:
+    if model is not None:
+        denoiser = models.load_denoiser(model, device)
         require_shape(denoiser, data.shape)
-        for name in schedules:
+        settings |= model_settings(model, denoiser, out)
+        for label, name in labels_of(schedules, "learned").items():
             found = find_schedule(name, denoiser)
-            label = "learned" if found.name.startswith("learned") else found.name.replace("_", "-")
+            settings[f"schedule: {label}"] = fingerprint([found.u, found.theta])
             cells += [(f"{label}, {s}", denoiser, found.times(denoiser.path, n), s) for s in solvers for n in steps]
-    for name in samplers:
+    for label, name in labels_of(samplers, "fine-tuned").items():
         tuned, _ = models.load_sampler(name, device)
-        cells.append(("fine-tuned", tuned, tuned.times.cpu(), ""))
+        settings[f"sampler: {label}"] = fingerprint(tuned.state_dict().values())
+        cells.append((label, tuned, tuned.times.cpu(), ""))
+    folder = open_run(out, "evaluate", settings)
 
-    rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()] if (folder / ROWS).exists() else []
+    rows = read_lines(folder / ROWS)
+    write_lines(folder / ROWS, rows)
     known = {(row["method"], row["steps"], row["seed"]) for row in rows}
     todo = [(*cell, seed) for cell in cells for seed in range(seeds) if (cell[0], len(cell[2]) - 1, seed) not in known]
     with open(folder / ROWS, "a") as file:
@@ -279,6 +309,16 @@ def evaluate(
     what = f"Frechet distance in {features or 'pixels'}, {count} samples"
     report.quality_figure(folder / "quality.png", rows, "fd", what, floor["fd"])
     return folder, rows, floor
+
+
+def labels_of(names: Sequence[str], kind: str) -> dict[str, str]:
+    """label -> name: a named schedule by its name, a file or folder by its kind, with its own name where there are several."""
+    named = {name: name.replace("_", "-") for name in names if name.replace("-", "_") in NAMED}
+    files = [name for name in names if name not in named]
+    labels = named | {name: kind if len(files) == 1 else f"{kind} {File(name).stem}" for name in files}
+    if len({*labels.values()}) < len(names):
+        raise ValueError(f"{', '.join(names)} cannot be told apart in a table; leave repetitions out, or rename them")
+    return {label: name for name, label in labels.items()}
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -298,15 +338,17 @@ def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
     return [["method", "evaluations", "Fréchet distance", "sliced Wasserstein", "energy distance", "seeds"], *body]
 
 
-def energies(value: Value, sets: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(value.parameters()).device
+def energies(value: Value, sets: dict[str, Tensor], smoothing: float, seed: int = 0) -> dict[str, Tensor]:
+    """The energy of each set, smoothed with the noise of the sampler's last step, as the energy has seen all it knows."""
+    device, g = next(value.parameters()).device, torch.Generator().manual_seed(seed)
+    smoothed = {name: x + smoothing * torch.randn(x.shape, generator=g) for name, x in sets.items()}
     with torch.no_grad():
-        return {name: value.energy(x.to(device)).cpu() for name, x in sets.items()}
+        return {name: value.energy(x.to(device)).cpu() for name, x in smoothed.items()}
 
 
 def show(folder: File) -> tuple[list[list[str]], File]:
     """What a run folder holds, as a table, and its page report.html, made from its files."""
-    run, metrics = read_config(folder), read_metrics(folder)
+    run, metrics = read_config(folder), read_lines(folder / "metrics.jsonl")
     settings = run["config"]
     table = [["setting", "value"], ["command", run["command"]], *([k, f"{v}"[:100]] for k, v in settings.items())]
     if metrics:
@@ -323,11 +365,12 @@ def show(folder: File) -> tuple[list[list[str]], File]:
     if (folder / SCHEDULE).exists():
         about = Schedule.load(folder / SCHEDULE).provenance
         sections.append(report.section("Provenance", "", None, [["what", "value"], *([k, f"{v}"] for k, v in about.items())]))
-    if (folder / ROWS).exists():
-        rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    if rows := read_lines(folder / ROWS):
         sections.append(report.section("Table", "Mean ± standard deviation over seeds.", None, table_of(rows)))
         table = table_of(rows)
     if run["command"] == "demo":
+        if not (folder / "report.html").exists():
+            raise ValueError(f"the demo in {folder} has not finished; repeat its command to continue it")
         return table, folder / "report.html"
     report.write_page(folder / "report.html", f"fewstep {run['command']}", [], sections, json.dumps(settings, indent=1))
     return table, folder / "report.html"

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 Prediction = Literal["x0", "eps", "v", "flow", "score"]
-NetworkKind = Literal["auto", "mlp", "unet"]
+NetworkKind = Literal["auto", "mlp", "unet", "dit"]
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -31,11 +31,11 @@ class TrainConfig:
     ema: Decay = 0.999
     """Decay of the averaged weights, which are the ones that are used."""
     network: NetworkKind = "auto"
-    """mlp, or unet from diffusers; auto takes the MLP up to 256 numbers per sample."""
+    """mlp, or unet or dit from diffusers; auto takes the MLP up to 256 numbers per sample."""
     width: Count | None = None
-    """Hidden units of the MLP (256), or channels of the U-Net at full resolution (32)."""
+    """Hidden units of the MLP (256), channels of the U-Net at full resolution (32), or of the DiT (128)."""
     depth: Count | None = None
-    """Layers of the MLP (3), or resolutions of the U-Net (2)."""
+    """Layers of the MLP (3), resolutions of the U-Net (2), or blocks of the DiT (4)."""
     sigma_min: Positive = 0.02
     """Cleanest level a schedule may visit before exact data, as sigma/alpha."""
     sigma_max: Positive = 40.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile)
 HELD_OUT = 6  # one in six of a data set that has no test part of its own
 
 
@@ -70,15 +72,19 @@ def _folder_of(name: str, folder: str | File | None) -> File:
     if name == "digits":  # comes with scikit-learn
         return File()
     root = File(folder or os.environ.get("FEWSTEP_DATA", "data"))
-    places = [root / name, root]
-    if name == "fashion-mnist" and folder is None:
+    places = [root / name]
+    if name == "cifar10":
+        places.append(root / "cifar-10-batches-py")
+    if folder is not None:
+        places.append(root)
+    elif name == "fashion-mnist":
         places.append(File("/usr/share/datasets/fashion-mnist"))  # of Debian's package dataset-fashion-mnist
     for place in places:
-        if any(place.glob(MARKS[name])):
+        if any(any(place.glob(mark)) for mark in MARKS[name]):
             return place
     raise ValueError(
-        f"{name}: no {MARKS[name]} in {', '.join(str(p) for p in places)}; give --data-folder, or set FEWSTEP_DATA, "
-        "to the folder that holds the files"
+        f"{name}: no {' or '.join(MARKS[name])} in {', '.join(str(p) for p in places)}; give --data-folder, the folder that "
+        "holds the files, or set FEWSTEP_DATA, the folder that holds that folder"
     )
 
 
@@ -114,14 +120,18 @@ def _idx(folder: File):
 
 def _cifar10(folder: File):
     parts: dict[str, list] = {"train": [], "test": []}
-    for file in sorted([*folder.glob("cifar10_*.npz"), *folder.glob("data_batch_*"), *folder.glob("test_batch")]):
-        if file.suffix == ".npz":
-            with np.load(file) as npz:
-                x, y = npz["x"].transpose(0, 3, 1, 2), npz["y"]
-        else:
-            with open(file, "rb") as stream:
-                batch = _PlainUnpickler(stream, encoding="bytes").load()
-            x, y = batch[b"data"].reshape(-1, 3, 32, 32), np.array(batch[b"labels"])
+    files = sorted(folder.glob("cifar10_*.npz")) or sorted([*folder.glob("data_batch_*"), folder / "test_batch"])
+    for file in files:
+        try:
+            if file.suffix == ".npz":
+                with np.load(file) as npz:
+                    x, y = npz["x"].transpose(0, 3, 1, 2), npz["y"]
+            else:
+                with open(file, "rb") as stream:
+                    batch = _PlainUnpickler(stream, encoding="bytes").load()
+                x, y = batch[b"data"].reshape(-1, 3, 32, 32), np.array(batch[b"labels"])
+        except (*UNREADABLE, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} cannot be read as CIFAR-10: {error}") from error
         parts["test" if "test" in file.name else "train"].append((x, y))
     if not (parts["train"] and parts["test"]):
         raise ValueError(f"{folder}: CIFAR-10 needs its train and its test files")
@@ -132,13 +142,17 @@ class _PlainUnpickler(pickle.Unpickler):
     """CIFAR-10's python files are pickles of dicts and arrays: nothing else may be built from one."""
 
     def find_class(self, module: str, name: str):
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype"):
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise ValueError(f"refused to build {module}.{name} from a CIFAR-10 file: only arrays are expected")
 
 
 NAMED: dict[str, Callable] = {"digits": _digits, "mnist": _idx, "fashion-mnist": _idx, "cifar10": _cifar10}
-MARKS = {"mnist": "train*images*", "fashion-mnist": "train*images*", "cifar10": "*test*"}  # files that tell its folder
+MARKS = {  # files that tell a set's folder
+    "mnist": ("train*images*",),
+    "fashion-mnist": ("train*images*",),
+    "cifar10": ("cifar10_test.npz", "test_batch"),
+}
 
 
 def _image_folder(folder: File, size: int | None) -> tuple[np.ndarray, None]:
@@ -167,27 +181,33 @@ def _image_folder(folder: File, size: int | None) -> tuple[np.ndarray, None]:
 def _array_file(file: File) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         loaded = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} cannot be read as an .npy or .npz array: {error}") from error
     if isinstance(loaded, np.ndarray):
         return loaded, None
     for key in ("x", "X", "images", "data"):
         if key in loaded:
-            labels = next((loaded[k] for k in ("y", "labels") if k in loaded), None)
-            return loaded[key], labels
+            try:
+                return loaded[key], next((loaded[k] for k in ("y", "labels") if k in loaded), None)
+            except UNREADABLE as error:
+                raise ValueError(f"{file} is damaged: {error}") from error
     raise ValueError(f"{file} holds {', '.join(loaded.files)}; the samples must be under x, X, images or data")
 
 
 def _split(x: np.ndarray, y: np.ndarray | None):
     """Every sixth sample of a fixed shuffle is held out."""
+    if x.ndim < 2:
+        raise ValueError(f"samples must be an array of numbers (n, ...), got shape {x.shape}")
+    if y is not None and len(y) != len(x):
+        raise ValueError(f"{len(y)} labels for {len(x)} samples")
     order = np.random.default_rng(0).permutation(len(x))
     test, train = order[::HELD_OUT], np.delete(order, np.s_[::HELD_OUT])
     return x[train], None if y is None else y[train], x[test], None if y is None else y[test]
 
 
 def _floats(x: np.ndarray) -> Tensor:
-    if x.dtype.kind not in "fiub" or x.ndim < 2:
-        raise ValueError(f"samples must be an array of numbers (n, ...), got {x.dtype} of shape {x.shape}")
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"samples must be numbers, got {x.dtype}")
     if x.dtype == np.uint8:
         x = x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3) else x
         x = x[:, None] if x.ndim == 3 else x

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
+from fewstep.denoiser import Denoiser
 from fewstep.energy import Value
 from fewstep.path import broadcast
 from fewstep.sampler import Sampler
@@ -41,6 +42,11 @@ class FinetuneState:
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig):
         if value.steps != sampler.steps:
             raise ValueError(f"the value is made for {value.steps} steps, the sampler takes {sampler.steps}")
+        if not any(p.requires_grad for p in sampler.denoiser.parameters()):
+            raise ValueError(
+                "the sampler's denoiser has no parameters to train; hand its network over as an nn.Module, not as a function "
+                "around one"
+            )
         self.config, self.sampler, self.value = config, sampler, value
         self.averaged = averaged(sampler, config.ema)
         self.averaged_value = averaged(value, config.ema)
@@ -165,15 +171,19 @@ def finetune(state: FinetuneState, data: Tensor) -> Iterator[dict[str, float]]:
         rows = torch.randint(len(data), (state.config.batch_size,), generator=state.generator)
         batch = data[rows.to(data.device)]
         smoothing = torch.randn(batch.shape, generator=state.generator).to(batch)
-        metrics = iterate(state, batch + state.config.last_std * smoothing)
+        metrics = iterate(state, batch + float(state.sampler.last_std) * smoothing)
         for name, value in metrics.items():
             if not abs(value) < float("inf"):
                 raise ValueError(f"{name} is not finite at iteration {state.step}: lower --lr and --lr-value")
         yield metrics
 
 
-def make_state(sampler: Sampler, config: FinetuneConfig, shape: tuple[int, ...]) -> FinetuneState:
-    """A fresh state: a trainable copy of the sampler, and a new value for samples of this shape."""
-    torch.manual_seed(config.seed)
-    own = copy.deepcopy(sampler).requires_grad_(True)
-    return FinetuneState(own, Value(shape, own.steps).to(own.log_std.device), config)
+def make_state(denoiser: Denoiser, times: Tensor, config: FinetuneConfig, shape: tuple[int, ...]) -> FinetuneState:
+    """A fresh state: a sampler on `times` from a trainable copy of the denoiser, and a new value for samples of this shape."""
+    own = copy.deepcopy(denoiser).requires_grad_(True)
+    sampler = Sampler(own, times, config.last_std, config.eta)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        value = Value(shape, sampler.radius())
+    device = next(own.parameters(), torch.empty(0)).device
+    return FinetuneState(sampler.to(device), value.to(device), config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path as File
@@ -21,7 +22,7 @@ from torch import nn
 from fewstep.config import TrainConfig
 from fewstep.denoiser import Denoiser
 from fewstep.energy import Value
-from fewstep.run import read_config
+from fewstep.run import NotARun, read_config
 from fewstep.sampler import Sampler
 from fewstep.training import make_denoiser
 
@@ -52,20 +53,20 @@ def load_weights(module: nn.Module, file: File) -> None:
         raise ValueError(f"{file} is damaged, or belongs to another model ({first}); repeat the run that wrote it") from error
 
 
-def call_function(spec: str) -> Any:
-    """What `file.py:function` returns; and the loader for any callable that is named so."""
-    return load_function(spec)()
-
-
 def load_function(spec: str) -> Callable:
+    """The function that `file.py:function` names; raises ValueError where the file cannot be imported or lacks it."""
     file, _, name = spec.rpartition(":")
     if not File(file).is_file():
         raise ValueError(f"{spec}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(File(file).stem, file)
+    module_spec = importlib.util.spec_from_file_location(f"fewstep_user_{File(file).stem}", file)
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"{spec}: {file} is not a python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{spec}: importing {file} failed with {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{spec}: {file} has no function {name!r}")
@@ -75,7 +76,7 @@ def load_function(spec: str) -> Callable:
 def load_denoiser(name: str, device: str = "cpu") -> Denoiser:
     """The model that a name means, for use without training: run folder, diffusers folder or hub id, file.py:function."""
     if ".py:" in name:
-        denoiser = call_function(name)
+        denoiser = load_function(name)()
         if not isinstance(denoiser, Denoiser):
             raise ValueError(f"{name} returned {type(denoiser).__name__}, not a fewstep Denoiser; wrap it in Pretrained(...)")
     elif (File(name) / "config.json").exists() and read_config_or_none(name):
@@ -93,10 +94,8 @@ def read_config_or_none(name: str) -> dict[str, Any] | None:
     """A run's configuration; None where the folder's config.json is not a run's (a diffusers model has one too)."""
     try:
         return read_config(name)
-    except ValueError as error:
-        if "somebody else's" in str(error):
-            return None
-        raise
+    except NotARun:
+        return None
 
 
 def _trained(folder: File) -> Denoiser:
@@ -122,7 +121,7 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
     model = settings["model"]
     denoiser = load_denoiser(str((folder / model).resolve()) if settings["model_is_local"] else model)
     sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"], settings["eta"])
-    value = Value(tuple(settings["shape"]), sampler.steps)
+    value = Value(tuple(settings["shape"]), sampler.radius())
     load_weights(sampler, folder / SAMPLER)
     load_weights(value, folder / VALUE)
     return sampler.to(device).eval().requires_grad_(False), value.to(device).eval().requires_grad_(False)
@@ -130,7 +129,7 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
 
 def relative_to(name: str, folder: File) -> tuple[str, bool]:
     """A model's name as a run folder keeps it: a local one relative to the folder, so that both can move together."""
-    if ".py:" in name:
-        file, _, function = name.rpartition(":")
-        return f"{os.path.relpath(file, folder)}:{function}", True
-    return (os.path.relpath(name, folder), True) if File(name).exists() else (name, False)
+    file, mark, function = name.rpartition(":") if ".py:" in name else (name, "", "")
+    if not File(file).exists():
+        return name, False
+    return os.path.relpath(os.path.realpath(file), os.path.realpath(folder)) + mark + function, True

@@ -1,4 +1,4 @@
-"""Networks for the small case: an MLP for vectors and tiny images, U-Nets from diffusers, and values built like them.
+"""Networks for the small case: an MLP for vectors and tiny images, U-Net and DiT from diffusers, and values built like them.
 
 A denoising network is called as net(x, t) with t in [0, 1] of shape (b,) and returns x's shape; a value is called as
 value(x, i) with the step index i and returns (b,).
@@ -17,8 +17,11 @@ MLP_UP_TO = 256  # numbers per sample; beyond that "auto" takes a U-Net
 
 
 def features_of_time(t: Tensor, width: int) -> Tensor:
-    """Sines and cosines of t at periods from 2 down to 1/500, log-spaced: (b,) -> (b, width)."""
-    log_frequency = torch.linspace(math.log(math.pi), math.log(1000 * math.pi), width // 2, device=t.device, dtype=t.dtype)
+    """Sines and cosines of t at periods from 2 down to 1/16, log-spaced: (b,) -> (b, width).
+
+    Faster ones would let the network's score jitter between neighbouring levels, and a schedule learn the jitter.
+    """
+    log_frequency = torch.linspace(math.log(math.pi), math.log(32 * math.pi), width // 2, device=t.device, dtype=t.dtype)
     angle = t[:, None] * log_frequency.exp()
     return torch.cat([angle.sin(), angle.cos()], 1)
 
@@ -80,6 +83,33 @@ class UNetDenoiser(nn.Module):
         return self.unet(x, 1000 * t, return_dict=False)[0]
 
 
+class DiTDenoiser(nn.Module):
+    """net(x, t) around diffusers' DiTTransformer2DModel, with one class; width: channels, depth: number of blocks."""
+
+    def __init__(self, shape: tuple[int, ...], width: int = 128, depth: int = 4):
+        super().__init__()
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+        if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 2 or width % 32:
+            raise ValueError(
+                f"a DiT needs square images (c, h, h), h even, and a width divisible by 32; got {shape} and {width}"
+            )
+        self.dit = DiTTransformer2DModel(
+            num_attention_heads=width // 32,
+            attention_head_dim=32,
+            in_channels=shape[0],
+            out_channels=shape[0],
+            num_layers=depth,
+            sample_size=shape[1],
+            patch_size=2,
+            num_embeds_ada_norm=1,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        one_class = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.dit(x, 1000 * t, class_labels=one_class, return_dict=False)[0]
+
+
 def make_denoising_net(
     shape: tuple[int, ...], kind: NetworkKind, width: int | None = None, depth: int | None = None
 ) -> nn.Module:
@@ -87,4 +117,4 @@ def make_denoising_net(
     if kind == "auto":
         kind = "mlp" if math.prod(shape) <= MLP_UP_TO else "unet"
     given = {k: v for k, v in (("width", width), ("depth", depth)) if v is not None}
-    return MLPDenoiser(shape, **given) if kind == "mlp" else UNetDenoiser(shape, **given)
+    return {"mlp": MLPDenoiser, "unet": UNetDenoiser, "dit": DiTDenoiser}[kind](shape, **given)

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jinja2 import Template
+from matplotlib.ticker import LogFormatter, NullLocator, ScalarFormatter
 from torch import Tensor
 
 from fewstep.schedule import Schedule
@@ -74,13 +75,12 @@ def curve_figure(file: File, schedules: dict[str, Schedule], steps: Sequence[int
 def costs_figure(file: File, costs: dict[str, Tensor]) -> None:
     """The corrector cost of each step of a grid, before and after equalising."""
     figure, axis = plt.subplots(figsize=(5.6, 3.0))
-    width = 0.8 / len(costs)
-    for k, (name, cost) in enumerate(costs.items()):
+    for name, cost in costs.items():
         spread = float(cost.sqrt().std() / cost.sqrt().mean())
         label = f"{name} (step lengths vary by {spread:.0%})"
-        axis.bar(np.arange(len(cost)) + (k - (len(costs) - 1) / 2) * width, cost, width, label=label, color=COLOURS.get(name))
-    axis.set(xlabel="step, from noise to data", ylabel="cost (nats, summed)", xticks=range(len(next(iter(costs.values())))))
-    axis.legend(frameon=False, fontsize=8)
+        axis.stairs(cost.numpy(), np.arange(len(cost) + 1), baseline=None, label=label, color=COLOURS.get(name), lw=1.6)
+    axis.set(xlabel="step, from noise to data", ylabel="cost (nats, summed)", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     _save(figure, file)
 
 
@@ -105,7 +105,9 @@ def quality_figure(file: File, rows: list[dict[str, Any]], metric: str, label: s
     axis.set(xscale="log", yscale="log", xlabel="evaluations of the network per sample", ylabel=label)
     ticks = sorted({row["evaluations"] for row in rows})
     axis.set_xticks(ticks, [str(t) for t in ticks])
-    axis.minorticks_off()
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axis.legend(frameon=False, fontsize=7, ncols=2)
     _save(figure, file)
 
@@ -118,7 +120,7 @@ def energy_figure(file: File, energies: dict[str, Tensor], aurocs: dict[str, flo
     for name, energy in energies.items():
         label = name if name not in aurocs else f"{name} (AUROC {aurocs[name]:.3f})"
         axis.hist(energy.cpu().numpy(), bins, density=True, alpha=0.55, label=label)
-    axis.set(xlabel="energy (low = plausible)", ylabel="density", yscale="log")
+    axis.set(xlabel="energy (low = plausible)", ylabel="density")
     axis.legend(frameon=False, fontsize=8)
     _save(figure, file)
 
@@ -165,4 +167,5 @@ def section(title: str, text: str, image: File | None = None, table: list[list[s
 
 def write_page(file: File, title: str, summary: list[str], sections: list[dict[str, Any]], details: str = "") -> None:
     """One self-contained HTML page, pictures inside."""
-    file.write_text(PAGE.render(title=title, summary=summary, sections=sections, details=details))
+    page = PAGE.render(title=title, summary=summary, sections=sections, details=details)
+    file.write_text(page, encoding="utf-8")

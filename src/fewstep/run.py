@@ -1,11 +1,13 @@
 """A run folder: what was asked (config.json), how it went (metrics.jsonl), where it stands (checkpoint.safetensors).
 
 A run continues after a kill, bit for bit on the CPU, and refuses a folder that belongs to another configuration.
-Every file is written whole or not at all; tensors go into safetensors, everything else into JSON, never a pickle.
+Settings, checkpoints, weights and schedules are written whole or not at all, tensors as safetensors and everything else
+as JSON, never as a pickle; of a .jsonl file a half-written last line is left out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,6 +21,10 @@ from torch import Tensor
 FORMAT, VERSION = "fewstep.run", 1
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_FORMAT = "fewstep.checkpoint"
+
+
+class NotARun(ValueError):
+    """A folder whose config.json is somebody else's: a diffusers model has one too."""
 
 
 class Resumable(Protocol):
@@ -35,29 +41,46 @@ def write_json(file: File, document: Any) -> None:
     os.replace(draft, file)
 
 
-def open_run(folder: str | File, command: str, config: dict[str, Any]) -> File:
-    """The folder, made for this command and configuration or found to belong to them.
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits that tell these tensors from others."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
-    Raises ValueError, naming the first difference, where it belongs to others or is no run folder; changes nothing then.
+
+def open_run(folder: str | File, command: str, config: dict[str, Any]) -> File:
+    """The folder, made for this command and configuration or found to belong to them. Call it before the first write.
+
+    Raises ValueError, as `require_free` does.
+    """
+    folder = require_free(folder, command, config)
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"format": FORMAT, "version": VERSION, "command": command, "config": config})
+    return folder
+
+
+def require_free(folder: str | File, command: str, config: dict[str, Any]) -> File:
+    """The folder, which is this command's and configuration's, or nobody's yet. Changes nothing.
+
+    Raises ValueError, naming the first difference, where it belongs to others or is no run folder.
     """
     folder = File(folder)
-    asked = {"format": FORMAT, "version": VERSION, "command": command, "config": json.loads(json.dumps(config))}
+    config = json.loads(json.dumps(config))
     if (folder / "config.json").exists():
         found = read_config(folder)
         if found["command"] != command:
             raise ValueError(f"{folder} belongs to `fewstep {found['command']}`, not `fewstep {command}`; give another --out")
-        for key in sorted({*found["config"], *asked["config"]}):
-            was, now = found["config"].get(key), asked["config"].get(key)
+        for key in sorted({*found["config"], *config}):
+            was, now = found["config"].get(key), config.get(key)
             if was != now:
                 raise ValueError(
                     f"{folder} belongs to another configuration: {key} was {was!r}, now {now!r}; give another --out, or "
                     "the same options to continue it"
                 )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a run folder of fewstep; give another --out")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", asked)
     return folder
 
 
@@ -71,15 +94,23 @@ def read_config(folder: str | File) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{folder} is not a run folder of fewstep: its config.json is somebody else's")
+        raise NotARun(f"{folder} is not a run folder of fewstep: its config.json is somebody else's")
     if found.get("version") != VERSION:
         raise ValueError(f"{folder} was written by version {found.get('version')} of the format; this fewstep reads {VERSION}")
+    if not isinstance(found.get("command"), str) or not isinstance(found.get("config"), dict):
+        raise ValueError(f"{file} is damaged: it lacks its command or its config")
     return found
 
 
-def read_metrics(folder: str | File) -> list[dict[str, float]]:
-    file = File(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def read_lines(file: File) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, without a last line that a kill left half written; none where there is no file."""
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
+
+
+def write_lines(file: File, rows: list[dict[str, Any]]) -> None:
+    draft = File(f"{file}.part")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(draft, file)
 
 
 def resume(folder: File, state: Resumable) -> None:
@@ -90,12 +121,7 @@ def resume(folder: File, state: Resumable) -> None:
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CHECKPOINT} does not fit this run ({error}); remove it to start over") from error
     file = folder / "metrics.jsonl"
-    if file.exists():
-        lines = file.read_bytes().split(b"\n")[:-1]  # a kill may have left the last line half written
-        kept = [line for line in lines if json.loads(line)["step"] <= state.step]
-        draft = File(f"{file}.part")
-        draft.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(draft, file)
+    write_lines(file, [row for row in read_lines(file) if row["step"] <= state.step])
 
 
 def record(
@@ -105,17 +131,24 @@ def record(
 
     The last iteration is saved. What was logged since the last save is dropped by `resume`, and made again.
     """
-    sums: dict[str, float] = {}
+    window: dict[str, list[float]] = {}
     with open(folder / "metrics.jsonl", "a") as log:
-        for metrics_now in metrics:
-            sums = {name: sums.get(name, 0.0) + value for name, value in metrics_now.items()}
+
+        def write() -> None:
+            log.write(json.dumps({"step": state.step} | {k: sum(v) / len(v) for k, v in window.items()}) + "\n")
+            log.flush()
+            window.clear()
+
+        for now in metrics:
+            for name, value in now.items():
+                window.setdefault(name, []).append(value)
             if state.step % log_every == 0:
-                log.write(json.dumps({"step": state.step} | {k: v / log_every for k, v in sums.items()}) + "\n")
-                sums = {}
+                write()
             if state.step % save_every == 0:
-                log.flush()
                 save_tree(folder / CHECKPOINT, state.state_dict())
-            yield metrics_now
+            yield now
+        if window:
+            write()
     save_tree(folder / CHECKPOINT, state.state_dict())
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond, Denoiser, to_eps
-from fewstep.path import Path, as_time, broadcast
-from fewstep.solvers import ancestral_std, update
+from fewstep.path import Path, broadcast
+from fewstep.solvers import ancestral_std, require_times, update
 
 
 class Transition(NamedTuple):
@@ -43,9 +43,9 @@ class Sampler(nn.Module):
 
     def __init__(self, denoiser: Denoiser, times: Tensor, last_std: float = 0.0, eta: float = 1.0):
         super().__init__()
-        times = as_time(times)
-        if times.ndim != 1 or len(times) < 2 or bool((times.diff() >= 0).any()):
-            raise ValueError(f"times must strictly decrease and hold at least 2 entries, got {times.tolist()}")
+        times = require_times(times)
+        if times[-1] != 0:
+            raise ValueError(f"a sampler's times must end at exact data, 0, not at {times[-1]:.6g}")
         if last_std < 0 or not 0 < eta <= 1:
             raise ValueError(f"a sampler needs last_std >= 0 and eta in (0, 1], got {last_std} and {eta}")
         self.denoiser = denoiser
@@ -63,6 +63,10 @@ class Sampler(nn.Module):
     def steps(self) -> int:
         return len(self.initial_std)
 
+    def radius(self) -> Tensor:
+        """The size of the states of each step, hypot(alpha, sigma): (N+1,)."""
+        return torch.hypot(self.path.alpha(self.times), self.path.sigma(self.times))
+
     def std(self) -> Tensor:
         """The noise of every step: (N,)."""
         return torch.cat([self.log_std.exp(), self.last_std])
@@ -70,6 +74,8 @@ class Sampler(nn.Module):
     def step(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Transition:
         """The law of x_{i+1} given x_i = x (b, *d); i a step index, or one per sample (b,). Differentiable."""
         j = torch.as_tensor(i).cpu()
+        if bool((j < 0).any()):
+            raise IndexError(f"steps count from 0 to {self.steps - 1}, got {int(j.min())}")
         t, s = self.times.cpu()[j], self.times.cpu()[j + 1]
         x0 = self.denoiser(x, t, cond)
         mean = update(x0, to_eps(x0, x, self.path, t), self.path, s, self.initial_std.cpu()[j])

@@ -97,6 +97,20 @@ SOLVERS: dict[str, Callable[..., Steps]] = {f.__name__: f for f in (euler, heun,
 SOLVERS["ddim"] = euler
 
 
+def require_times(times: Tensor) -> Tensor:
+    """The times (N+1,) in float64; raises ValueError unless they fall strictly within [0, 1]."""
+    times = as_time(times)
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must be a vector of at least 2 entries, got shape {tuple(times.shape)}")
+    rising = ~(times.diff() < 0)  # NaN included
+    if bool(rising.any()):
+        i = int(rising.nonzero()[0]) + 1
+        raise ValueError(f"times must strictly decrease; times[{i}]={times[i]:.6g} >= times[{i - 1}]={times[i - 1]:.6g}")
+    if times[0] > 1 or times[-1] < 0:
+        raise ValueError(f"times must lie in [0, 1], got {float(times[0]):.6g} to {float(times[-1]):.6g}")
+    return times
+
+
 def solve(
     denoiser: Denoiser,
     noise: Tensor,
@@ -114,16 +128,7 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    times = as_time(times)
-    if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must be a vector of at least 2 entries, got shape {tuple(times.shape)}")
-    rising = ~(times.diff() < 0)  # NaN included
-    if bool(rising.any()):
-        i = int(rising.nonzero()[0]) + 1
-        raise ValueError(f"times must strictly decrease; times[{i}]={times[i]:.6g} >= times[{i - 1}]={times[i - 1]:.6g}")
-    if times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"times must lie in [0, 1], got {float(times[0]):.6g} to {float(times[-1]):.6g}")
-
+    times = require_times(times)
     evaluations = 0
 
     def predict(x: Tensor, t: Tensor) -> Tensor:

@@ -1,31 +1,33 @@
 """Train a small diffusion model, so that there is one to make fast.
 
 v-prediction on the cosine path (Salimans & Ho 2022): the network sees inputs of unit variance and is asked for a target
-of unit variance at every level, for data of about unit variance; equal to EDM's preconditioning with sigma_data = 1.
+of unit variance at every level, for data of about unit variance; equal to EDM's preconditioning with sigma_data = 1. The
+model is then shown on the VE path over its range of levels, whose noisy end, unlike the cosine's, still knows the data.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fewstep.config import TrainConfig
-from fewstep.denoiser import Pretrained
+from fewstep.denoiser import OnPath, Pretrained
 from fewstep.networks import make_denoising_net
-from fewstep.path import Cosine, broadcast
+from fewstep.path import VE, Cosine, Path, broadcast
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def make_denoiser(shape: tuple[int, ...], config: TrainConfig) -> Pretrained:
+def make_denoiser(shape: tuple[int, ...], config: TrainConfig) -> OnPath:
     """The untrained model that a TrainConfig describes; its weights depend on torch's global seed."""
     net = make_denoising_net(shape, config.network, config.width, config.depth)
-    return Pretrained(net, Cosine(config.sigma_min, config.sigma_max), "v", shape=shape)
+    levels = config.sigma_min, config.sigma_max
+    return OnPath(Pretrained(net, Cosine(*levels), "v", shape=shape), VE(*levels))
 
 
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
@@ -41,9 +43,10 @@ class TrainState:
     """All that the next iteration needs. `averaged.module` is the denoiser to use."""
 
     def __init__(self, shape: tuple[int, ...], config: TrainConfig, device: str = "cpu"):
-        torch.manual_seed(config.seed)
         self.config = config
-        self.denoiser = make_denoiser(shape, config).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.denoiser = make_denoiser(shape, config).to(device)
         self.averaged = averaged(self.denoiser, config.ema)
         self.optimiser = torch.optim.Adam(self.denoiser.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -66,13 +69,12 @@ class TrainState:
         self.step = state["step"]
 
 
-def velocity_loss(denoiser: Pretrained, x0: Tensor, ratio: Tensor, eps: Tensor) -> Tensor:
-    """|v - v_net|^2 for data and noise (b, *d) at levels sigma/alpha (b,): (b,), mean over dimensions."""
-    path = denoiser.path
+def velocity_loss(net: Callable[..., Tensor], path: Path, x0: Tensor, ratio: Tensor, eps: Tensor) -> Tensor:
+    """|v - net(x, t)|^2 for data and noise (b, *d) at levels sigma/alpha (b,): (b,), mean over dimensions."""
     t = path.time(torch.atan(ratio))
     x = path.noised(x0, eps, t)
     v = broadcast(path.alpha(t), x) * eps - broadcast(path.sigma(t), x) * x0
-    return ((denoiser.net(x, t.to(x)) - v) ** 2).flatten(1).mean(1)
+    return ((net(x, t.to(x)) - v) ** 2).flatten(1).mean(1)
 
 
 def train(state: TrainState, data: Tensor) -> Iterator[dict[str, float]]:
@@ -81,13 +83,14 @@ def train(state: TrainState, data: Tensor) -> Iterator[dict[str, float]]:
     loss: mean square error of v, per dimension. Raises ValueError when it is not finite.
     """
     config, g = state.config, state.generator
+    model = cast(Pretrained, state.denoiser.denoiser)
     while state.step < config.iterations:
         lr = config.lr * (1 + math.cos(math.pi * state.step / config.iterations)) / 2
         state.optimiser.param_groups[0]["lr"] = lr
         x0 = data[torch.randint(len(data), (config.batch_size,), generator=g).to(data.device)]
         level = config.level_mean + config.level_std * torch.randn(config.batch_size, generator=g, dtype=torch.float64)
         eps = torch.randn(x0.shape, generator=g).to(x0)
-        loss = velocity_loss(state.denoiser, x0, level.exp(), eps).mean()
+        loss = velocity_loss(model.net, model.path, x0, level.exp(), eps).mean()
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"the loss is not finite at iteration {state.step}: lower --lr, or check the data's scale")
         state.optimiser.zero_grad()
