@@ -5,7 +5,10 @@ clock stops at 1. And the path ends early: alpha-bar(1) = 0.1335, so x_1 should 
 std 0.93. The model's own sampler starts from N(0, I) all the same; `path.start` draws 0.93 eps. Ancestral sampling forgets
 the difference; deterministic sampling carries the surplus noise of N(0, I) into the picture's background.
 
-    fewstep schedule examples/mnist_slim.py:denoiser
+    fewstep schedule --model examples/mnist_slim.py:denoiser --data mnist --data-folder DATA --size 32 --sigma-min 0.05 --out s
+    fewstep sample --model examples/mnist_slim.py:denoiser --schedule s --solver ancestral --steps 10 --out x
+
+(sigma_min because the model is poor at the lowest levels, where the data is clean to the eye.)
 """
 
 import os

@@ -3,10 +3,13 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fewstep.data import load_data
+from fewstep.schedule import Schedule
 from fewstep.solvers import solve
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -102,3 +105,24 @@ def test_slim_mnist_says_what_to_do_without_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("SLIM_MNIST", str(tmp_path / "absent.pt"))
     with pytest.raises(FileNotFoundError, match="set SLIM_MNIST"):
         load("mnist_slim").denoiser()
+
+
+@pytest.mark.timeout(400)
+def test_the_command_line_learns_the_models_schedule_and_draws_digits_in_10_evaluations(
+    slim, classify, shared_data, tmp_path, monkeypatch
+):
+    """`fewstep schedule`, with few draws, and `fewstep sample --steps 10` on its curve, end in a picture of digits."""
+    from fewstep import cli
+
+    monkeypatch.setenv("SLIM_MNIST", str(shared_data / "pretrained" / "slim_mnist_ddpm.pt"))
+    x = load_data("mnist", shared_data, size=32).test[:300]
+    np.save(tmp_path / "mnist.npy", x.numpy())
+    model = ["--model", f"{EXAMPLES / 'mnist_slim.py'}:denoiser"]
+    learn = ["--data", f"{tmp_path / 'mnist.npy'}", "--sigma-min", "0.05", "--probes", "30", "--draws", "8"]
+    cli.main(["schedule", *model, *learn, "--out", f"{tmp_path / 's'}"])
+    assert Schedule.load(tmp_path / "s" / "schedule.json").provenance["split_half_error"] < 0.1
+    draw = ["--schedule", f"{tmp_path / 's'}", "--solver", "ancestral", "--steps", "10", "--count", "20"]
+    cli.main(["sample", *model, *draw, "--out", f"{tmp_path / 'x'}"])
+    samples = torch.from_numpy(np.load(tmp_path / "x" / "samples.npz")["x"])
+    assert (tmp_path / "x" / "samples.png").stat().st_size > 2000
+    assert looks_like_digits(classify(samples))

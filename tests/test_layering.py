@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "fewstep"
-# a module may import those of earlier rows only, except where the row itself says otherwise
+# a module may import those of earlier rows only
 LAYERS = [
     ["config"],
     ["path"],
@@ -50,7 +50,7 @@ def test_imports_point_left(module):
 
 
 @pytest.mark.parametrize("module", sorted(METHOD))
-def test_the_library_draws_no_bars_and_reads_no_files_of_its_own(module):
+def test_the_library_draws_no_bars_and_prints_nothing(module):
     heavy = {"rich", "cyclopts", "matplotlib", "jinja2"} & {name.split(".")[0] for name in imports(module)}
     calls = {
         node.func.id

@@ -14,14 +14,18 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    solving, tuning = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
-    exec(code, names)
+    exec(solving, names)
     assert (tmp_path / "schedule.json").exists()
     assert names["evaluations"] == 8
     assert names["samples"][:, 0].abs().mean() == pytest.approx(2.0, abs=0.2)  # the two modes
+    exec(tuning, names)
+    assert names["samples"].shape == (100, 2)
+    assert names["samples"][:, 0].abs().mean() == pytest.approx(2.0, abs=0.4)
+    assert names["energies"].shape == (100,)
 
 
 @pytest.mark.parametrize("line", re.findall(r"^fewstep .*$", README, re.M))
