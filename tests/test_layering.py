@@ -20,6 +20,8 @@ LAYERS = [
     ["dxmi", "models"],
     ["report"],
     ["commands"],
+    ["evaluation"],
+    ["show"],
     ["demo"],
     ["cli"],
 ]
@@ -35,7 +37,7 @@ def imports(module: str) -> set[str]:
             found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "fewstep" else {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found
+    return found - {"fewstep.__version__"}
 
 
 def test_every_module_has_its_place():

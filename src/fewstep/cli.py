@@ -68,9 +68,10 @@ def train(
     """Train a small diffusion model on a data set."""
     _threads(threads)
     from fewstep import commands
+    from fewstep.show import show as show_folder
 
     folder = commands.train(_source(data, data_folder, size), out, config, _device(device), track)
-    commands.show(folder)
+    show_folder(folder)
     print(f"The model is in {folder}; next: fewstep schedule --model {folder} --data {data} --out SCHEDULE")
 
 
@@ -89,9 +90,10 @@ def schedule(
     """Learn where a model's steps go: one small file for every number of steps, from score evaluations alone."""
     _threads(threads)
     from fewstep import commands
+    from fewstep.show import show as show_folder
 
     folder, learned = commands.schedule(model, _source(data, data_folder, size), out, config, _device(device), track)
-    commands.show(folder)
+    show_folder(folder)
     about = learned.provenance
     print(
         f"{folder / commands.SCHEDULE}: length {about['Lambda']:.4g} ± {about['Lambda_error']:.2g}, split-half error of "
@@ -116,10 +118,11 @@ def finetune(
     """Learn what each step does: a few-step sampler jointly with an energy (DxMI)."""
     _threads(threads)
     from fewstep import commands
+    from fewstep.show import show as show_folder
 
     source = _source(data, data_folder, size)
     folder = commands.finetune(model, source, out, steps, config, schedule, _device(device), track)
-    commands.show(folder)
+    show_folder(folder)
     print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
 
 
@@ -165,11 +168,12 @@ def evaluate(
 ) -> None:
     """Measure quality against the number of evaluations, for schedules, solvers and fine-tuned samplers."""
     _threads(threads)
-    from fewstep import commands
+    from fewstep import evaluation
+    from fewstep.show import show as show_folder
 
     if model is None and not sampler:
         raise ValueError("nothing to evaluate: give --model, --sampler, or both")
-    folder, rows, floor = commands.evaluate(
+    folder, rows, floor = evaluation.evaluate(
         model,
         _source(data, data_folder, size),
         out,
@@ -183,18 +187,18 @@ def evaluate(
         _device(device),
         track,
     )
-    commands.show(folder)
-    _print_table(commands.table_of(rows))
+    show_folder(folder)
+    _print_table(evaluation.table_of(rows))
     print(f"held-out data against training data: {', '.join(f'{k} {v:.3f}' for k, v in floor.items())}")
-    print(f"{folder / commands.ROWS} and {folder / 'quality.png'}")
+    print(f"{folder / evaluation.ROWS} and {folder / 'quality.png'}")
 
 
 @app.command(sort_key=6)
 def show(folder: Annotated[File, Parameter(help="A run folder.")]) -> None:
     """Print what a run folder holds, and make its page report.html."""
-    from fewstep import commands
+    from fewstep.show import show as show_folder
 
-    table, page = commands.show(folder)
+    table, page = show_folder(folder)
     _print_table(table)
     print(page)
 

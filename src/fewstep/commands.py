@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as File
@@ -23,19 +22,13 @@ from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
 from fewstep.dxmi import finetune as finetune_loop
 from fewstep.dxmi import make_state
-from fewstep.energy import Value
-from fewstep.learn import learn_schedule, step_costs
-from fewstep.metrics import energy_distance, frechet_distance, sliced_wasserstein
+from fewstep.learn import learn_schedule
 from fewstep.run import (
     fingerprint,
     open_run,
-    read_config,
-    read_lines,
     record,
     require_free,
     resume,
-    write_json,
-    write_lines,
 )
 from fewstep.sampler import Sampler
 from fewstep.schedule import NAMED, Schedule
@@ -44,7 +37,7 @@ from fewstep.training import TrainState
 from fewstep.training import train as train_loop
 
 Track = Callable[[Iterable, int, str], Iterable]
-SCHEDULE, SAMPLES, ROWS = "schedule.json", "samples.npz", "evaluation.jsonl"
+SCHEDULE, SAMPLES = "schedule.json", "samples.npz"
 
 
 def silent(loop: Iterable, total: int, title: str) -> Iterable:
@@ -241,141 +234,3 @@ def sample(
     np.savez(folder / "part.npz", x=x.numpy())
     os.replace(folder / "part.npz", folder / SAMPLES)
     return folder
-
-
-def judge(x: Tensor, data: Tensor, features: Callable[[Tensor], Tensor] | None, seed: int = 0) -> dict[str, float]:
-    """fd: Frechet distance in the features (pixels if none); sliced Wasserstein and energy distance in the data's space."""
-    with torch.no_grad():
-        fx, fd = (features(x), features(data)) if features else (x, data)
-    few = 1000  # the energy distance takes all pairs
-    return {
-        "fd": frechet_distance(fx, fd),
-        "sw": sliced_wasserstein(x, data, 500, torch.Generator().manual_seed(seed)),
-        "energy_distance": energy_distance(x[:few], data[:few]),
-    }
-
-
-def evaluate(
-    model: str | None,
-    source: Source,
-    out: File,
-    steps: Sequence[int],
-    schedules: Sequence[str],
-    solvers: Sequence[str],
-    samplers: Sequence[str] = (),
-    count: int = 2000,
-    seeds: int = 3,
-    features: str | None = None,
-    device: str = "cpu",
-    track: Track = silent,
-) -> tuple[File, list[dict[str, Any]], dict[str, float]]:
-    """Quality of every schedule x solver x steps of a model, and of fine-tuned samplers, cell by cell into evaluation.jsonl.
-
-    Returns the folder, the rows, and the floor: the same measures between held-out and training data. A repeated command
-    goes on with the cells that are missing.
-    """
-    data = source.load()
-    extract = models.load_function(features) if features else None
-    settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
-    settings |= {"features": features} | source.settings(data)
-    cells: list[tuple[str, Denoiser | Sampler, Tensor, str]] = []
-    if model is not None:
-        denoiser = models.load_denoiser(model, device)
-        require_shape(denoiser, data.shape)
-        settings |= model_settings(model, denoiser, out)
-        for label, name in labels_of(schedules, "learned").items():
-            found = find_schedule(name, denoiser)
-            settings[f"schedule: {label}"] = fingerprint([found.u, found.theta])
-            cells += [(f"{label}, {s}", denoiser, found.times(denoiser.path, n), s) for s in solvers for n in steps]
-    for label, name in labels_of(samplers, "fine-tuned").items():
-        tuned, _ = models.load_sampler(name, device)
-        settings[f"sampler: {label}"] = fingerprint(tuned.state_dict().values())
-        cells.append((label, tuned, tuned.times.cpu(), ""))
-    folder = open_run(out, "evaluate", settings)
-
-    rows = read_lines(folder / ROWS)
-    write_lines(folder / ROWS, rows)
-    known = {(row["method"], row["steps"], row["seed"]) for row in rows}
-    todo = [(*cell, seed) for cell in cells for seed in range(seeds) if (cell[0], len(cell[2]) - 1, seed) not in known]
-    with open(folder / ROWS, "a") as file:
-        for method, chosen, times, solver, seed in track(todo, len(todo), "evaluating"):
-            x, evaluations = generate(chosen, times, count, data.shape, solver, 1000 + seed, device)
-            row = {"method": method, "steps": len(times) - 1, "evaluations": evaluations, "seed": seed, "count": count}
-            rows.append(row | judge(x, data.train, extract))
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-    floor = judge(data.test, data.train, extract)
-    write_json(folder / "floor.json", floor | {"held_out": len(data.test), "data": len(data.train)})
-    what = f"Frechet distance in {features or 'pixels'}, {count} samples"
-    report.quality_figure(folder / "quality.png", rows, "fd", what, floor["fd"])
-    return folder, rows, floor
-
-
-def labels_of(names: Sequence[str], kind: str) -> dict[str, str]:
-    """label -> name: a named schedule by its name, a file or folder by its kind, with its own name where there are several."""
-    named = {name: name.replace("_", "-") for name in names if name.replace("-", "_") in NAMED}
-    files = [name for name in names if name not in named]
-    labels = named | {name: kind if len(files) == 1 else f"{kind} {File(name).stem}" for name in files}
-    if len({*labels.values()}) < len(names):
-        raise ValueError(f"{', '.join(names)} cannot be told apart in a table; leave repetitions out, or rename them")
-    return {label: name for name, label in labels.items()}
-
-
-def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of an evaluation, seeds pooled as mean +- standard deviation, sorted by evaluations; the head first."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["evaluations"], row["method"]), []).append(row)
-
-    def pooled(group: list[dict[str, Any]], key: str) -> str:
-        values = [row[key] for row in group]
-        return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
-
-    body = [
-        [method, str(evaluations), *(pooled(group, k) for k in ("fd", "sw", "energy_distance")), str(len(group))]
-        for (evaluations, method), group in sorted(groups.items())
-    ]
-    return [["method", "evaluations", "Fréchet distance", "sliced Wasserstein", "energy distance", "seeds"], *body]
-
-
-def energies(value: Value, sets: dict[str, Tensor], smoothing: float, seed: int = 0) -> dict[str, Tensor]:
-    """The energy of each set, smoothed with the noise of the sampler's last step, as the energy has seen all it knows."""
-    device, g = next(value.parameters()).device, torch.Generator().manual_seed(seed)
-    smoothed = {name: x + smoothing * torch.randn(x.shape, generator=g) for name, x in sets.items()}
-    with torch.no_grad():
-        return {name: value.energy(x.to(device)).cpu() for name, x in smoothed.items()}
-
-
-def show(folder: File) -> tuple[list[list[str]], File]:
-    """What a run folder holds, as a table, and its page report.html, made from its files."""
-    run, metrics = read_config(folder), read_lines(folder / "metrics.jsonl")
-    settings = run["config"]
-    table = [["setting", "value"], ["command", run["command"]], *([k, f"{v}"[:100]] for k, v in settings.items())]
-    if metrics:
-        table += [[f"{k} (last)", f"{v:.5g}"] for k, v in metrics[-1].items()]
-    sections = []
-    if run["command"] in ("train", "finetune") and metrics:
-        names = ["loss"] if run["command"] == "train" else ["energy_gap", "value_loss", "sample_std"]
-        report.loss_figure(folder / "metrics.png", metrics, names)
-        text = "Means over 20 iterations; docs/metrics.md defines them."
-        sections.append(report.section("Metrics", text, folder / "metrics.png"))
-    pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png"}
-    if (name := pictures.get(run["command"])) and (folder / name).exists():
-        sections.append(report.section(run["command"].capitalize(), "", folder / name))
-    if (folder / SCHEDULE).exists():
-        about = Schedule.load(folder / SCHEDULE).provenance
-        sections.append(report.section("Provenance", "", None, [["what", "value"], *([k, f"{v}"] for k, v in about.items())]))
-    if rows := read_lines(folder / ROWS):
-        sections.append(report.section("Table", "Mean ± standard deviation over seeds.", None, table_of(rows)))
-        table = table_of(rows)
-    if run["command"] == "demo":
-        if not (folder / "report.html").exists():
-            raise ValueError(f"the demo in {folder} has not finished; repeat its command to continue it")
-        return table, folder / "report.html"
-    report.write_page(folder / "report.html", f"fewstep {run['command']}", [], sections, json.dumps(settings, indent=1))
-    return table, folder / "report.html"
-
-
-def grid_costs(denoiser: Denoiser, x0: Tensor, schedules: dict[str, Schedule], steps: int, seed: int = 0) -> dict[str, Tensor]:
-    """The cost of each step of each schedule's grid of this many levels."""
-    return {k: step_costs(denoiser, x0, s, steps, generator=torch.Generator().manual_seed(seed)) for k, s in schedules.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fewstep import commands, models, report
+from fewstep import commands, evaluation, models, report
 from fewstep.config import FinetuneConfig, LearnConfig, TrainConfig
 from fewstep.metrics import auroc
 from fewstep.run import open_run, write_json
@@ -34,7 +34,7 @@ def run_demo(out: File, seed: int, quick: bool, track: commands.Track = commands
     commands.train(SOURCE, model, train_config, track=track)
     _, learned = commands.schedule(str(model), SOURCE, fitted, LearnConfig(seed=seed, draws=8 if quick else 64), track=track)
     commands.finetune(str(model), SOURCE, tuned, STEPS, finetune_config, str(fitted), track=track)
-    _, rows, floor = commands.evaluate(
+    _, rows, floor = evaluation.evaluate(
         str(model),
         SOURCE,
         out / "evaluation",
@@ -68,12 +68,12 @@ def pictures(out: File, seed: int) -> dict[str, Any]:
     sets |= {f"fine-tuned, {STEPS}": draw(sampler, sampler.times)}
     report.samples_figure(out / "samples.png", sets, columns=8, rows=8)
     report.curve_figure(out / "curve.png", schedules, (STEPS, 9))
-    costs = commands.grid_costs(denoiser, data.train, schedules, 41)
+    costs = evaluation.grid_costs(denoiser, data.train, schedules, 41)
     report.costs_figure(out / "costs.png", costs)
 
     noise = torch.rand(len(data.test), *data.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     kinds = {"held-out digits": data.test, "generated digits": sets[f"fine-tuned, {STEPS}"], "uniform noise": noise}
-    energies = commands.energies(value, kinds, float(sampler.last_std), seed)
+    energies = evaluation.energies(value, kinds, float(sampler.last_std), seed)
     reference = energies["held-out digits"]
     aurocs = {name: auroc(reference, e) for name, e in energies.items() if name != "held-out digits"}
     report.energy_figure(out / "energy.png", energies, aurocs)
@@ -135,7 +135,7 @@ def write_report(
             "Fréchet distance in pixels to the training digits (not an FID), mean and range over seeds. Dashed: Euler; "
             "solid: DPM++ 2M.",
             out / "evaluation" / "quality.png",
-            commands.table_of(rows),
+            evaluation.table_of(rows),
         ),
         report.section(
             "The energy",

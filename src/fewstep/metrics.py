@@ -23,10 +23,11 @@ def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantiles(ordered: Tensor, q: Tensor) -> Tensor:
-    """Quantiles q of columns already in order, linear between midpoints (Hazen): (n, c), (m,) -> (m, c)."""
-    position = (q * len(ordered) - 0.5).clamp(0, len(ordered) - 1)
+    """Quantiles q of rows already in order, linear between midpoints (Hazen): (c, n), (m,) -> (c, m)."""
+    last = ordered.shape[1] - 1
+    position = (q * (last + 1) - 0.5).clamp(0, last)
     low = position.long()
-    return torch.lerp(ordered[low], ordered[(low + 1).clamp(max=len(ordered) - 1)], (position - low)[:, None])
+    return torch.lerp(ordered[:, low], ordered[:, (low + 1).clamp(max=last)], (position - low).expand(len(ordered), -1))
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 1000, generator: torch.Generator | None = None) -> float:
@@ -36,12 +37,13 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 1000, generator: 
     u = u / u.norm(dim=1, keepdim=True)
     total = 0.0
     for part in u.split(max(1, 20_000_000 // max(len(x), len(y)))):
-        px, py = (x @ part.T).sort(0).values, (y @ part.T).sort(0).values
+        # numpy sorts rows four times faster than torch does columns
+        px, py = (torch.from_numpy(np.sort((part @ z.T).numpy(), axis=1)) for z in (x, y))
         if len(x) != len(y):  # compare quantiles at the midpoints of the smaller set
             n = min(len(x), len(y))
             middles = (torch.arange(n, dtype=x.dtype) + 0.5) / n
             px, py = (_quantiles(p, middles) for p in (px, py))
-        total += float(((px - py) ** 2).mean(0).sum())
+        total += float(((px - py) ** 2).mean(1).sum())
     return (total / directions) ** 0.5
 
 

@@ -1,0 +1,132 @@
+"""How good are the samples, for how many evaluations?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep import models, report
+from fewstep.commands import Source, Track, find_schedule, generate, model_settings, require_shape, silent
+from fewstep.denoiser import Denoiser
+from fewstep.energy import Value
+from fewstep.learn import step_costs
+from fewstep.metrics import energy_distance, frechet_distance, sliced_wasserstein
+from fewstep.run import fingerprint, open_run, read_lines, write_json, write_lines
+from fewstep.sampler import Sampler
+from fewstep.schedule import NAMED, Schedule
+
+ROWS = "evaluation.jsonl"
+
+
+def judge(x: Tensor, data: Tensor, features: Callable[[Tensor], Tensor] | None, seed: int = 0) -> dict[str, float]:
+    """fd: Frechet distance in the features (pixels if none); sliced Wasserstein and energy distance in the data's space."""
+    with torch.no_grad():
+        fx, fd = (features(x), features(data)) if features else (x, data)
+    few = 1000  # the energy distance takes all pairs
+    return {
+        "fd": frechet_distance(fx, fd),
+        "sw": sliced_wasserstein(x, data, 500, torch.Generator().manual_seed(seed)),
+        "energy_distance": energy_distance(x[:few], data[:few]),
+    }
+
+
+def evaluate(
+    model: str | None,
+    source: Source,
+    out: File,
+    steps: Sequence[int],
+    schedules: Sequence[str],
+    solvers: Sequence[str],
+    samplers: Sequence[str] = (),
+    count: int = 2000,
+    seeds: int = 3,
+    features: str | None = None,
+    device: str = "cpu",
+    track: Track = silent,
+) -> tuple[File, list[dict[str, Any]], dict[str, float]]:
+    """Quality of every schedule x solver x steps of a model, and of fine-tuned samplers, cell by cell into evaluation.jsonl.
+
+    Returns the folder, the rows, and the floor: the same measures between held-out and training data. A repeated command
+    goes on with the cells that are missing.
+    """
+    data = source.load()
+    extract = models.load_function(features) if features else None
+    settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
+    settings |= {"features": features} | source.settings(data)
+    cells: list[tuple[str, Denoiser | Sampler, Tensor, str]] = []
+    if model is not None:
+        denoiser = models.load_denoiser(model, device)
+        require_shape(denoiser, data.shape)
+        settings |= model_settings(model, denoiser, out)
+        for label, name in labels_of(schedules, "learned").items():
+            found = find_schedule(name, denoiser)
+            settings[f"schedule: {label}"] = fingerprint([found.u, found.theta])
+            cells += [(f"{label}, {s}", denoiser, found.times(denoiser.path, n), s) for s in solvers for n in steps]
+    for label, name in labels_of(samplers, "fine-tuned").items():
+        tuned, _ = models.load_sampler(name, device)
+        settings[f"sampler: {label}"] = fingerprint(tuned.state_dict().values())
+        cells.append((label, tuned, tuned.times.cpu(), ""))
+    folder = open_run(out, "evaluate", settings)
+
+    rows = read_lines(folder / ROWS)
+    write_lines(folder / ROWS, rows)
+    known = {(row["method"], row["steps"], row["seed"]) for row in rows}
+    todo = [(*cell, seed) for cell in cells for seed in range(seeds) if (cell[0], len(cell[2]) - 1, seed) not in known]
+    with open(folder / ROWS, "a") as file:
+        for method, chosen, times, solver, seed in track(todo, len(todo), "evaluating"):
+            x, evaluations = generate(chosen, times, count, data.shape, solver, 1000 + seed, device)
+            row = {"method": method, "steps": len(times) - 1, "evaluations": evaluations, "seed": seed, "count": count}
+            rows.append(row | judge(x, data.train, extract))
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    floor = judge(data.test, data.train, extract)
+    write_json(folder / "floor.json", floor | {"held_out": len(data.test), "data": len(data.train)})
+    what = f"Frechet distance in {features or 'pixels'}, {count} samples"
+    report.quality_figure(folder / "quality.png", rows, "fd", what, floor["fd"])
+    return folder, rows, floor
+
+
+def labels_of(names: Sequence[str], kind: str) -> dict[str, str]:
+    """label -> name: a named schedule by its name, a file or folder by its kind, with its own name where there are several."""
+    named = {name: name.replace("_", "-") for name in names if name.replace("-", "_") in NAMED}
+    files = [name for name in names if name not in named]
+    labels = named | {name: kind if len(files) == 1 else f"{kind} {File(name).stem}" for name in files}
+    if len({*labels.values()}) < len(names):
+        raise ValueError(f"{', '.join(names)} cannot be told apart in a table; leave repetitions out, or rename them")
+    return {label: name for name, label in labels.items()}
+
+
+def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of an evaluation, seeds pooled as mean +- standard deviation, sorted by evaluations; the head first."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["evaluations"], row["method"]), []).append(row)
+
+    def pooled(group: list[dict[str, Any]], key: str) -> str:
+        values = [row[key] for row in group]
+        return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+
+    body = [
+        [method, str(evaluations), *(pooled(group, k) for k in ("fd", "sw", "energy_distance")), str(len(group))]
+        for (evaluations, method), group in sorted(groups.items())
+    ]
+    return [["method", "evaluations", "Fréchet distance", "sliced Wasserstein", "energy distance", "seeds"], *body]
+
+
+def energies(value: Value, sets: dict[str, Tensor], smoothing: float, seed: int = 0) -> dict[str, Tensor]:
+    """The energy of each set, smoothed with the noise of the sampler's last step, as the energy has seen all it knows."""
+    device, g = next(value.parameters()).device, torch.Generator().manual_seed(seed)
+    smoothed = {name: x + smoothing * torch.randn(x.shape, generator=g) for name, x in sets.items()}
+    with torch.no_grad():
+        return {name: value.energy(x.to(device)).cpu() for name, x in smoothed.items()}
+
+
+def grid_costs(denoiser: Denoiser, x0: Tensor, schedules: dict[str, Schedule], steps: int, seed: int = 0) -> dict[str, Tensor]:
+    """The cost of each step of each schedule's grid of this many levels."""
+    return {k: step_costs(denoiser, x0, s, steps, generator=torch.Generator().manual_seed(seed)) for k, s in schedules.items()}

@@ -1,0 +1,42 @@
+"""What does a run folder hold?   A table for the terminal, and a page with pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path as File
+
+from fewstep import report
+from fewstep.commands import SCHEDULE
+from fewstep.evaluation import ROWS, table_of
+from fewstep.run import read_config, read_lines
+from fewstep.schedule import Schedule
+
+
+def show(folder: File) -> tuple[list[list[str]], File]:
+    """What a run folder holds, as a table, and its page report.html, made from its files."""
+    run, metrics = read_config(folder), read_lines(folder / "metrics.jsonl")
+    settings = run["config"]
+    table = [["setting", "value"], ["command", run["command"]], *([k, f"{v}"[:100]] for k, v in settings.items())]
+    if metrics:
+        table += [[f"{k} (last)", f"{v:.5g}"] for k, v in metrics[-1].items()]
+    sections = []
+    if run["command"] in ("train", "finetune") and metrics:
+        names = ["loss"] if run["command"] == "train" else ["energy_gap", "value_loss", "sample_std"]
+        report.loss_figure(folder / "metrics.png", metrics, names)
+        text = "Means over 20 iterations; docs/metrics.md defines them."
+        sections.append(report.section("Metrics", text, folder / "metrics.png"))
+    pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png"}
+    if (name := pictures.get(run["command"])) and (folder / name).exists():
+        sections.append(report.section(run["command"].capitalize(), "", folder / name))
+    if (folder / SCHEDULE).exists():
+        about = Schedule.load(folder / SCHEDULE).provenance
+        sections.append(report.section("Provenance", "", None, [["what", "value"], *([k, f"{v}"] for k, v in about.items())]))
+    if rows := read_lines(folder / ROWS):
+        sections.append(report.section("Table", "Mean ± standard deviation over seeds.", None, table_of(rows)))
+        table = table_of(rows)
+    if run["command"] == "demo":
+        if not (folder / "report.html").exists():
+            raise ValueError(f"the demo in {folder} has not finished; repeat its command to continue it")
+        return table, folder / "report.html"
+    report.write_page(folder / "report.html", f"fewstep {run['command']}", [], sections, json.dumps(settings, indent=1))
+    return table, folder / "report.html"
