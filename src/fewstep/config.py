@@ -72,13 +72,13 @@ class LearnConfig:
 class FinetuneConfig:
     """How a few-step sampler and its energy are learned together (DxMI). Costs are means per dimension, in nats."""
 
-    iterations: Count = 2000
+    iterations: Count = 1600
     """Iterations: each one rollout, one step of the value and energy, one step of the sampler."""
     warmup: Annotated[int, Field(ge=0)] = 200
     """Iterations at the start in which only the value and energy learn, so that the sampler has something to follow."""
     batch_size: Count = 64
     """Rollouts, and data, per iteration."""
-    lr: Positive = 1e-5
+    lr: Positive = 5e-6
     """Adam's rate for the sampler's network. All rates fall linearly over the second half."""
     lr_std: Positive = 3e-4
     """Adam's rate for the log of the step noises (the paper: 100 times the sampler's)."""
