@@ -58,6 +58,8 @@ def learn_schedule(
         denoiser.path.sigma_min if sigma_min is None else sigma_min,
         denoiser.path.sigma_max if sigma_max is None else sigma_max,
     )
+    if path.sigma_max > 1.001 * denoiser.path.sigma_max and not denoiser.path.ends_in_pure_noise():
+        raise ValueError(f"sigma_max {path.sigma_max:g} is beyond the model's noisiest level, {denoiser.path.sigma_max:g}")
     theta = log_linear(path.sigma_min, path.sigma_max).angles(probes)[:-1]
     seen = OnPath(denoiser, path)
     each = costs.corrector_costs(seen, x0, path.time(theta), draws, batch_size, cond, generator, progress)

@@ -41,6 +41,8 @@ class Mixture(Denoiser):
             raise ValueError("stds must not be negative")
         if c.ndim == 1:
             c = c.reshape(-1, *[1] * (m.ndim - 1))
+        if c.ndim not in (0, m.ndim) or any(a not in (1, b) for a, b in zip(c.shape, m.shape, strict=False)):
+            raise ValueError(f"stds must be a number, ({len(m)},) or {tuple(m.shape)}, got {tuple(as_time(stds).shape)}")
         self.shape = tuple(m.shape[1:])
         self.path = path if path is not None else VE()
         self.register_buffer("means", m.flatten(1))

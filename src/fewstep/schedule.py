@@ -125,7 +125,7 @@ class Schedule:
             "provenance": self.provenance,
         }
         draft = File(f"{file}.part")
-        draft.write_text(json.dumps(document, indent=1) + "\n")
+        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         os.replace(draft, file)
 
     @classmethod
@@ -204,7 +204,8 @@ def _uniform_in(
     first, last = warp(as_time([sigma_max, sigma_min]))
     theta = torch.atan(unwarp(first + u * (last - first)))
     theta[0], theta[-1] = math.atan(sigma_max), math.atan(sigma_min)
-    return Schedule(u, theta, name, provenance={"named": name, "sigma_min": sigma_min, "sigma_max": sigma_max, **settings})
+    noisiest = sigma_max if math.isfinite(sigma_max) else "pure noise"
+    return Schedule(u, theta, name, provenance={"named": name, "sigma_min": sigma_min, "sigma_max": noisiest, **settings})
 
 
 def karras(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
