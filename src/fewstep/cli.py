@@ -8,24 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path as File
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fewstep.config import Count, FinetuneConfig, LearnConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from fewstep.commands import Source
+from fewstep.config import Count, FinetuneConfig, LearnConfig, Machine, Source, TrainConfig
 
 Solver = Literal["euler", "ddim", "heun", "dpmpp_2m", "ancestral"]
 Flat = Parameter(name="*")
 
-Data = Annotated[str, Parameter(help="digits, mnist, fashion-mnist, cifar10, a folder of images, or an .npy/.npz file.")]
-DataFolder = Annotated[str | None, Parameter(help="Where a named set's files lie; default $FEWSTEP_DATA, then ./data.")]
-Size = Annotated[int | None, Parameter(help="Resize images to this side.")]
 Model = Annotated[str, Parameter(help="A folder of `fewstep train`, a diffusers folder or hub id, or file.py:function.")]
 Out = Annotated[File, Parameter(help="The run folder to make, or to continue.")]
-Device = Annotated[str, Parameter(help="cpu, cuda, ..; auto takes a GPU where there is one.")]
 ScheduleName = Annotated[
     str, Parameter(help="karras, log_linear, kl_optimal, linear, cosine, a schedule file, or a folder of `fewstep schedule`.")
 ]
@@ -45,7 +38,7 @@ def demo(
     quick: Annotated[bool, Parameter(help="A smoke run of seconds: the same parts, with numbers that mean nothing.")] = False,
 ) -> None:
     """The whole story on 1,797 real 8x8 digits, in minutes: train, learn the schedule, fine-tune 4 steps, compare."""
-    _threads(1)
+    _on(Machine(threads=1))
     from fewstep.demo import run_demo
 
     summary, page = run_demo(out, seed, quick, track)
@@ -57,42 +50,36 @@ def demo(
 @app.command(sort_key=1)
 def train(
     *,
-    data: Data,
+    source: Annotated[Source, Flat],
     out: Out,
-    data_folder: DataFolder = None,
-    size: Size = None,
-    device: Device = "auto",
-    threads: Count | None = None,
+    machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[TrainConfig, Flat] = TrainConfig(),
 ) -> None:
     """Train a small diffusion model on a data set."""
-    _threads(threads)
+    device = _on(machine)
     from fewstep import commands
     from fewstep.show import show as show_folder
 
-    folder = commands.train(_source(data, data_folder, size), out, config, _device(device), track)
+    folder = commands.train(source, out, config, device, track)
     show_folder(folder)
-    print(f"The model is in {folder}; next: fewstep schedule --model {folder} --data {data} --out SCHEDULE")
+    print(f"The model is in {folder}; next: fewstep schedule --model {folder} --data {source.data} --out SCHEDULE")
 
 
 @app.command(sort_key=2)
 def schedule(
     *,
     model: Model,
-    data: Data,
+    source: Annotated[Source, Flat],
     out: Out,
-    data_folder: DataFolder = None,
-    size: Size = None,
-    device: Device = "auto",
-    threads: Count | None = None,
+    machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[LearnConfig, Flat] = LearnConfig(),
 ) -> None:
     """Learn where a model's steps go: one small file for every number of steps, from score evaluations alone."""
-    _threads(threads)
+    device = _on(machine)
     from fewstep import commands
     from fewstep.show import show as show_folder
 
-    folder, learned = commands.schedule(model, _source(data, data_folder, size), out, config, _device(device), track)
+    folder, learned = commands.schedule(model, source, out, config, device, track)
     show_folder(folder)
     about = learned.provenance
     print(
@@ -105,23 +92,19 @@ def schedule(
 def finetune(
     *,
     model: Model,
-    data: Data,
+    source: Annotated[Source, Flat],
     out: Out,
     steps: Annotated[Count, Parameter(help="Evaluations of the network per sample.")] = 4,
     schedule: ScheduleName = "karras",
-    data_folder: DataFolder = None,
-    size: Size = None,
-    device: Device = "auto",
-    threads: Count | None = None,
+    machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[FinetuneConfig, Flat] = FinetuneConfig(),
 ) -> None:
     """Learn what each step does: a few-step sampler jointly with an energy (DxMI)."""
-    _threads(threads)
+    device = _on(machine)
     from fewstep import commands
     from fewstep.show import show as show_folder
 
-    source = _source(data, data_folder, size)
-    folder = commands.finetune(model, source, out, steps, config, schedule, _device(device), track)
+    folder = commands.finetune(model, source, out, steps, config, schedule, device, track)
     show_folder(folder)
     print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
 
@@ -137,21 +120,20 @@ def sample(
     solver: Solver | None = None,
     shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where the model does not say it.")] = None,
     seed: int = 0,
-    device: Device = "auto",
-    threads: Count | None = None,
+    machine: Annotated[Machine, Flat] = Machine(),
 ) -> None:
     """Draw samples into samples.npz and samples.png: by default 10 steps of euler on karras, or a fine-tuned sampler's own."""
-    _threads(threads)
+    device = _on(machine)
     from fewstep import commands
 
-    folder = commands.sample(model, out, steps, count, schedule, solver, shape, seed, _device(device), track)
+    folder = commands.sample(model, out, steps, count, schedule, solver, shape, seed, device, track)
     print(f"{folder / 'samples.npz'} (key x) and {folder / 'samples.png'}")
 
 
 @app.command(sort_key=5)
 def evaluate(
     *,
-    data: Data,
+    source: Annotated[Source, Flat],
     out: Out,
     model: Annotated[str | None, Parameter(help="As for `schedule`.")] = None,
     sampler: Annotated[list[str] | None, Parameter(help="A folder of `fewstep finetune`; may be repeated.")] = None,
@@ -161,13 +143,10 @@ def evaluate(
     count: Annotated[Count, Parameter(help="Samples per cell.")] = 2000,
     seeds: Annotated[Count, Parameter(help="Repetitions of every cell.")] = 3,
     features: Annotated[str | None, Parameter(help="file.py:function from samples to features (n, f); pixels if none.")] = None,
-    data_folder: DataFolder = None,
-    size: Size = None,
-    device: Device = "auto",
-    threads: Count | None = None,
+    machine: Annotated[Machine, Flat] = Machine(),
 ) -> None:
     """Measure quality against the number of evaluations, for schedules, solvers and fine-tuned samplers."""
-    _threads(threads)
+    device = _on(machine)
     from fewstep import evaluation
     from fewstep.show import show as show_folder
 
@@ -175,7 +154,7 @@ def evaluate(
         raise ValueError("nothing to evaluate: give --model, --sampler, or both")
     folder, rows, floor = evaluation.evaluate(
         model,
-        _source(data, data_folder, size),
+        source,
         out,
         steps,
         schedule,
@@ -184,7 +163,7 @@ def evaluate(
         count,
         seeds,
         features,
-        _device(device),
+        device,
         track,
     )
     show_folder(folder)
@@ -232,29 +211,19 @@ def _print_table(table: list[list[str]]) -> None:
     Console().print(shown)
 
 
-def _source(data: str, folder: str | None, size: int | None) -> Source:
-    from fewstep.commands import Source
-
-    return Source(data, folder, size)
-
-
-def _device(name: str) -> str:
+def _on(machine: Machine) -> str:
+    """The device to use; sets the number of threads."""
     import torch
 
-    if name == "auto":
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    if machine.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=machine.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
-
-
-def _threads(count: int | None) -> None:
-    if count is not None:
-        import torch
-
-        torch.set_num_threads(count)
+        raise ValueError(f"device {machine.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return machine.device
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__, models, report
-from fewstep.config import FinetuneConfig, LearnConfig, TrainConfig
+from fewstep.config import FinetuneConfig, LearnConfig, Source, TrainConfig
 from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
 from fewstep.dxmi import finetune as finetune_loop
@@ -44,19 +44,13 @@ def silent(loop: Iterable, total: int, title: str) -> Iterable:
     return loop
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Which data: a name or path, the folder of a named set, and a side to resize images to."""
+def load(source: Source) -> Data:
+    return load_data(source.data, source.data_folder, source.size)
 
-    name: str
-    folder: str | None = None
-    size: int | None = None
 
-    def load(self) -> Data:
-        return load_data(self.name, self.folder, self.size)
-
-    def settings(self, data: Data) -> dict[str, Any]:
-        return {"data": self.name, "data_size": self.size, "data_fingerprint": fingerprint([data.train])}
+def data_settings(source: Source, data: Data) -> dict[str, Any]:
+    """A data set's name as a run folder keeps it, and what tells its samples from others."""
+    return {"data": source.data, "data_size": source.size, "data_fingerprint": fingerprint([data.train])}
 
 
 def model_settings(model: str, denoiser: Denoiser, out: File) -> dict[str, Any]:
@@ -67,12 +61,12 @@ def model_settings(model: str, denoiser: Denoiser, out: File) -> dict[str, Any]:
 
 def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", track: Track = silent) -> File:
     """Train a diffusion model into the folder `out`; continues where a killed run stood."""
-    data = source.load()
+    data = load(source)
     spread = float(data.train.std())
     if not 0.1 < spread < 10:
-        raise ValueError(f"{source.name} has standard deviation {spread:.3g}; scale it to about 1 (it must lie in 0.1 .. 10)")
+        raise ValueError(f"{source.data} has standard deviation {spread:.3g}; scale it to about 1 (it must lie in 0.1 .. 10)")
     state = TrainState(data.shape, config, device)
-    folder = open_run(out, "train", source.settings(data) | {"shape": list(data.shape)} | dataclasses.asdict(config))
+    folder = open_run(out, "train", data_settings(source, data) | {"shape": list(data.shape)} | dataclasses.asdict(config))
     resume(folder, state)
     loop = record(folder, state, train_loop(state, data.train.to(device)))
     for _ in track(loop, config.iterations - state.step, "training"):
@@ -85,9 +79,9 @@ def schedule(
     model: str, source: Source, out: File, config: LearnConfig, device: str = "cpu", track: Track = silent
 ) -> tuple[File, Schedule]:
     """Learn the model's schedule into out/schedule.json, with the curve as a picture."""
-    denoiser, data = models.load_denoiser(model, device), source.load()
+    denoiser, data = models.load_denoiser(model, device), load(source)
     require_shape(denoiser, data.shape)
-    settings = model_settings(model, denoiser, out) | source.settings(data) | dataclasses.asdict(config)
+    settings = model_settings(model, denoiser, out) | data_settings(source, data) | dataclasses.asdict(config)
     folder = require_free(out, "schedule", settings)
     if (folder / SCHEDULE).exists():
         return folder, Schedule.load(folder / SCHEDULE)
@@ -104,7 +98,7 @@ def schedule(
         progress=lambda batches: track(batches, len(batches), "probing costs"),  # type: ignore[arg-type]
     )
     about = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
-    learned = dataclasses.replace(learned, provenance=about | {"data": source.name} | learned.provenance)
+    learned = dataclasses.replace(learned, provenance=about | {"data": source.data} | learned.provenance)
     open_run(folder, "schedule", settings)
     report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, (4, 9))
     learned.save(folder / SCHEDULE)
@@ -122,14 +116,14 @@ def finetune(
     track: Track = silent,
 ) -> File:
     """Fine-tune a sampler of `steps` evaluations and its energy into the folder `out`; continues where a killed run stood."""
-    denoiser, data = models.load_denoiser(model, device), source.load()
+    denoiser, data = models.load_denoiser(model, device), load(source)
     require_shape(denoiser, data.shape)
     if len(data.train) < config.batch_size:
         raise ValueError(f"too few samples: {len(data.train)} for a batch of {config.batch_size}; lower --batch-size")
     times = find_schedule(schedule_name, denoiser).times(denoiser.path, steps)
     state = make_state(denoiser, times, config, data.shape)
     settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "shape": list(data.shape)}
-    folder = open_run(out, "finetune", settings | source.settings(data) | dataclasses.asdict(config))
+    folder = open_run(out, "finetune", settings | data_settings(source, data) | dataclasses.asdict(config))
     resume(folder, state)
     loop = record(folder, state, finetune_loop(state, data.train.to(device)))
     for _ in track(loop, config.iterations - state.step, f"fine-tuning {steps} steps"):

@@ -19,6 +19,28 @@ STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=STRICT)
+class Source:
+    """Which data."""
+
+    data: str
+    """digits, mnist, fashion-mnist, cifar10, a folder of images, or an .npy/.npz file."""
+    data_folder: str | None = None
+    """Where a named set's files lie; default the folder of its name in $FEWSTEP_DATA or ./data."""
+    size: Count | None = None
+    """Resize images to this side."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Machine:
+    """What to run on."""
+
+    device: str = "auto"
+    """cpu, cuda, ..; auto takes a GPU where there is one."""
+    threads: Count | None = None
+    """Threads of torch on the CPU; small networks run fastest on one."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """How a diffusion model is trained: v-prediction on the cosine path, levels log-normal in sigma/alpha."""
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from fewstep import commands, evaluation, models, report
-from fewstep.config import FinetuneConfig, LearnConfig, TrainConfig
+from fewstep.config import FinetuneConfig, LearnConfig, Source, TrainConfig
 from fewstep.metrics import auroc
 from fewstep.run import open_run, write_json
 
 STEPS = 4
 SLOW = 50
-SOURCE = commands.Source("digits")
+SOURCE = Source("digits")
 
 
 def run_demo(out: File, seed: int, quick: bool, track: commands.Track = commands.silent) -> tuple[list[str], File]:
@@ -53,7 +53,7 @@ def run_demo(out: File, seed: int, quick: bool, track: commands.Track = commands
 
 def pictures(out: File, seed: int) -> dict[str, Any]:
     """All PNGs but quality.png; returns the figures behind them."""
-    data = SOURCE.load()
+    data = commands.load(SOURCE)
     denoiser = models.load_denoiser(str(out / "model"))
     sampler, value = models.load_sampler(out / "sampler")
     learned = commands.find_schedule(str(out / "schedule"), denoiser)

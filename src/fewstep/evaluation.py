@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fewstep import models, report
-from fewstep.commands import Source, Track, find_schedule, generate, model_settings, require_shape, silent
+from fewstep.commands import Track, data_settings, find_schedule, generate, load, model_settings, require_shape, silent
+from fewstep.config import Source
 from fewstep.denoiser import Denoiser
 from fewstep.energy import Value
 from fewstep.learn import step_costs
@@ -55,10 +56,10 @@ def evaluate(
     Returns the folder, the rows, and the floor: the same measures between held-out and training data. A repeated command
     goes on with the cells that are missing.
     """
-    data = source.load()
+    data = load(source)
     extract = models.load_function(features) if features else None
     settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
-    settings |= {"features": features} | source.settings(data)
+    settings |= {"features": features} | data_settings(source, data)
     cells: list[tuple[str, Denoiser | Sampler, Tensor, str]] = []
     if model is not None:
         denoiser = models.load_denoiser(model, device)
