@@ -166,3 +166,10 @@ def test_a_config_of_somebody_else_or_of_the_future_is_refused(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             run.read_config(tmp_path)
+
+
+def test_a_fingerprint_tells_values_and_takes_every_precision():
+    one = [torch.ones(3), torch.tensor(2.0, dtype=torch.bfloat16), torch.zeros(0), torch.tensor(True)]
+    other = [*one[:1], torch.tensor(2.5, dtype=torch.bfloat16), *one[2:]]
+    assert run.fingerprint(one) == run.fingerprint([t.clone() for t in one])
+    assert run.fingerprint(one) != run.fingerprint(other)

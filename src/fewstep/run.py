@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path as File
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +46,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """16 hexadecimal digits that tell these tensors from others."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
     return digest.hexdigest()[:16]
 
 
