@@ -46,7 +46,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """16 hexadecimal digits that tell these tensors from others."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)  # no bfloat16 in numpy
     return digest.hexdigest()[:16]
 
 
