@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
             result_action="return_value",
         )
     except CycloptsError as error:
-        _fail(str(error))
+        _fail(str(error).partition("[type=")[0])  # what follows is pydantic talking to programmers
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
