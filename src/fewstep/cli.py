@@ -26,7 +26,7 @@ ScheduleName = Annotated[
 app = App(
     name="fewstep",
     help="Few-step sampling for any diffusion or flow model: learn where the steps go, and learn what each step does.",
-    help_epilogue="Start with `fewstep demo`. A killed command continues when it is repeated.",
+    help_epilogue="Start with `fewstep demo`. Repeat a killed command to finish it.",
 )
 
 
