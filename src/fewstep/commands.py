@@ -156,9 +156,10 @@ def require_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
 
 
 def shape_of(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, ...]:
-    if denoiser.shape is None and shape is None:
+    found = shape or denoiser.shape
+    if found is None:
         raise ValueError("the model does not say its samples' shape; give it, as in --shape 3 --shape 32 --shape 32")
-    return tuple(shape) if shape is not None else denoiser.shape  # type: ignore[return-value]
+    return tuple(found)
 
 
 @torch.no_grad()
