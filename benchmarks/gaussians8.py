@@ -12,6 +12,7 @@ that of the data's lowest percentile.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import platform
@@ -40,15 +41,11 @@ DATA = 50_000
 def pretrain(seed: int, iterations: int = TRAIN.iterations) -> tuple[Sampler, torch.Tensor]:
     """The start: a five-step ancestral sampler of a denoiser trained on 50,000 points, and these points."""
     data = ring().sample(DATA, torch.Generator().manual_seed(seed))
-    state = TrainState((2,), TrainConfig(**{**vars_of(TRAIN), "seed": seed, "iterations": iterations}))
+    state = TrainState((2,), dataclasses.replace(TRAIN, seed=seed, iterations=iterations))
     for _ in train(state, data):
         pass
     denoiser = state.averaged.module
     return Sampler(denoiser, karras(TRAIN.sigma_min, TRAIN.sigma_max).times(denoiser.path, STEPS), last_std=0.02), data
-
-
-def vars_of(config) -> dict:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def quality(sampler: Sampler, n: int, references: int, directions: int, seed: int = 77) -> float:
@@ -77,7 +74,7 @@ def one_seed(seed: int, config: FinetuneConfig, n: int, references: int, directi
     row = {"seed": seed, "pretraining_cpu_seconds": round(time.process_time() - started, 1)}
     row["sw_start"] = quality(start, n, references, directions)
     started = time.process_time()
-    state = make_state(start.denoiser, start.times, FinetuneConfig(**{**vars_of(config), "seed": seed}), (2,))
+    state = make_state(start.denoiser, start.times, dataclasses.replace(config, seed=seed), (2,))
     for _ in finetune(state, data):
         pass
     row["finetuning_cpu_seconds"] = round(time.process_time() - started, 1)
@@ -95,8 +92,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of FinetuneConfig")
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
     args = parser.parse_args()
-    given = vars_of(FINETUNE) | dict(pair.split("=", 1) for pair in args.set)
-    config, references, directions = FinetuneConfig(**given), 5, 1000
+    config, references, directions = dataclasses.replace(FINETUNE, **dict(pair.split("=", 1) for pair in args.set)), 5, 1000
 
     g = torch.Generator().manual_seed(79)
     floor = distance(ring().sample(args.samples, g), args.samples, references, directions, g)
@@ -105,7 +101,7 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "samples": args.samples,
-        "config": vars_of(config),
+        "config": dataclasses.asdict(config),
         "sw_floor": floor,
         "ideal": energy_quality(ring().energy),
         "seeds": [],

@@ -1,5 +1,6 @@
 """Fine-tuning: its gradients and closed forms, and one short seed of the 8-Gaussian benchmark."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_only_the_value_learns_in_the_warm_up():
 def test_fine_tuning_halves_the_excess_on_the_8_gaussians_and_its_energy_detects():
     """One short seed of benchmarks/gaussians8.py: same start, a third of the iterations, smaller estimators."""
     start, data = gaussians8.pretrain(seed=0, iterations=1500)
-    config = FinetuneConfig(**(gaussians8.vars_of(gaussians8.FINETUNE) | {"iterations": 1000}))
+    config = dataclasses.replace(gaussians8.FINETUNE, iterations=1000)
     state = make_state(start.denoiser, start.times, config, (2,))
     for _ in finetune(state, data):
         pass

@@ -95,7 +95,7 @@ def schedule(
         sigma_max=config.sigma_max,
         batch_size=config.batch_size,
         generator=torch.Generator().manual_seed(config.seed),
-        progress=lambda batches: track(batches, len(batches), "probing costs"),  # type: ignore[arg-type]
+        progress=lambda batches: track(batches, len(batches), "probing costs"),
     )
     about = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
     learned = dataclasses.replace(learned, provenance=about | {"data": source.data} | learned.provenance)

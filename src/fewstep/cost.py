@@ -11,7 +11,7 @@ Computed on the VE path, because the cost changes under x -> x/alpha (but not un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def corrector_costs(
     batch_size: int,
     cond: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Sequence], Iterable] = iter,
 ) -> Tensor:
     """The cost of every step of `times` (k,), drawing by drawing: (k-1, draws), float64, summed over dimensions.
 

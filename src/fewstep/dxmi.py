@@ -111,7 +111,7 @@ def value_step(state: FinetuneState, data: Tensor, i: Tensor, x: Tensor, x_next:
     energy_loss = gap + config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
     value_loss = ((target - value(x, i)) ** 2).mean()
     state.value_optimiser.zero_grad()
-    # every step's value is a network of its own in the paper: a mean over steps would slow each down N times
+    # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
     (energy_loss + state.sampler.steps * value_loss).backward()
     state.value_optimiser.step()
     return {

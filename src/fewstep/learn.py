@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def learn_schedule(
     cond: Mapping[str, Tensor] | None = None,
     batch_size: int = 512,
     generator: torch.Generator | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Sequence], Iterable] = iter,
 ) -> Schedule:
     """Learn where the steps go (Williams et al. 2024, Algorithm 1 on a fine grid). No derivatives of the network.
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path as File
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,13 +28,10 @@ from fewstep.training import make_denoiser
 
 MODEL, SAMPLER, VALUE = "model.safetensors", "sampler.safetensors", "value.safetensors"
 
-C = TypeVar("C")
 
-
-def from_settings(cls: type[C], settings: dict[str, Any]) -> C:
-    """The configuration of this class out of a run's settings, which hold more."""
-    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{k: v for k, v in settings.items() if k in names})
+def train_config(settings: dict[str, Any]) -> TrainConfig:
+    """The training settings out of a run's, which hold the data's as well."""
+    return TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig)})
 
 
 def save_weights(module: nn.Module, file: File) -> None:
@@ -102,7 +99,7 @@ def _trained(folder: File) -> Denoiser:
     run = read_config(folder)
     if run["command"] != "train":
         raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a model is a folder of `fewstep train`")
-    denoiser = make_denoiser(tuple(run["config"]["shape"]), from_settings(TrainConfig, run["config"]))
+    denoiser = make_denoiser(tuple(run["config"]["shape"]), train_config(run["config"]))
     load_weights(denoiser, folder / MODEL)
     return denoiser
 
