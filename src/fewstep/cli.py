@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from fewstep.config import Count, FinetuneConfig, LearnConfig, Machine, Source, TrainConfig
 
-Solver = Literal["euler", "ddim", "heun", "dpmpp_2m", "ancestral"]
+Solver = Literal["euler", "ddim", "heun", "dpmpp_2m", "unipc", "deis", "ipndm", "ancestral", "dpmpp_2m_sde"]
 Flat = Parameter(name="*")
 
 Model = Annotated[str, Parameter(help="A folder of `fewstep train`, a diffusers folder or hub id, or file.py:function.")]
