@@ -30,8 +30,8 @@ MODEL, SAMPLER, VALUE = "model.safetensors", "sampler.safetensors", "value.safet
 
 
 def train_config(settings: dict[str, Any]) -> TrainConfig:
-    """The training settings out of a run's, which hold the data's as well."""
-    return TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig)})
+    """The training settings out of a run's, which hold the data's as well; one that an older run lacks has its default."""
+    return TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig) if field.name in settings})
 
 
 def save_weights(module: nn.Module, file: File) -> None:
