@@ -1,8 +1,10 @@
 """Which noise levels do we visit?   A Schedule is a monotone curve from u in [0, 1] to the noise angle theta.
 
 u is the share of the way from the noisiest level (u = 0) to sigma_min (u = 1); a grid of N steps reads the curve at
-u = 0, 1/(N-1), .., 1 and appends exact data, so one curve serves every N. Algorithm 1 of Williams et al. 2024 makes
-such a curve: u is the share of the total length, and every step of a grid costs the same.
+u = 0, 1/(N-1), .., 1 and appends exact data, so one curve serves every N. A curve that leads `to_data` is read at
+u = 0, 1/N, .., 1 instead, with exact data in place of its last level, so that no evaluation is spent at sigma_min.
+Algorithm 1 of Williams et al. 2024 makes such a curve: u is the share of the total length, and every step of a grid
+costs the same. With few steps the best levels lie on no common curve: `grids` holds those that were refined one by one.
 
 Angles are stored because they belong to no path and are finite on every one; the curve is interpolated by a monotone
 cubic (Fritsch-Carlson) in log tan(theta/2), which is log sigma at the clean end and still finite at pure noise.
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from fewstep.path import HALF_PI, Path, as_time
 
-FORMAT, VERSION = "fewstep.schedule", 1
+FORMAT, VERSION = "fewstep.schedule", 2
 KNOTS = 1025  # of a named schedule's curve: grids of up to 256 steps are then within 1e-6 of the formula
 
 
@@ -34,13 +36,16 @@ class Schedule:
     """u: (k,) rising from 0 to 1; theta: (k,) falling strictly within (0, pi/2].
 
     pure_noise: every grid starts at theta = pi/2 instead of theta[0]; for a curve learned up to a finite sigma_max on
-    a path whose noisy end has alpha = 0. provenance: how the curve came about, kept in the file.
+    a path whose noisy end has alpha = 0. to_data: how the curve is read, see above. grids: steps -> angles (steps,), for
+    the numbers of steps that have their own levels. provenance: how all this came about, kept in the file.
     """
 
     u: Tensor
     theta: Tensor
     name: str = "custom"
     pure_noise: bool = False
+    to_data: bool = False
+    grids: dict[int, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -57,20 +62,28 @@ class Schedule:
         _require_monotone("theta", theta, rising=False)
         if not (theta[0] <= HALF_PI and theta[-1] > 0):
             raise ValueError(f"theta must lie in (0, pi/2], got {float(theta[0])} to {float(theta[-1])}")
+        object.__setattr__(self, "grids", {int(n): as_time(grid) for n, grid in sorted(self.grids.items())})
+        for n, grid in self.grids.items():
+            if grid.shape != (n,) or not bool(torch.isfinite(grid).all()) or not (grid[0] <= HALF_PI and grid[-1] > 0):
+                raise ValueError(f"grids[{n}] must be {n} angles in (0, pi/2], got {grid.tolist()}")
+            _require_monotone(f"grids[{n}]", grid, rising=False)
 
     def angles(self, steps: int) -> Tensor:
         """`steps` strictly decreasing angles and a trailing 0: (steps + 1,), float64."""
         if int(steps) != steps or steps < 1:
             raise ValueError(f"steps must be a whole number >= 1, got {steps}")
-        theta = self.at(torch.linspace(0, 1, int(steps), dtype=torch.float64))
-        if self.pure_noise:
-            theta[0] = HALF_PI
+        steps = int(steps)
+        if steps in self.grids:
+            theta = self.grids[steps]
+        else:
+            theta = self.at(torch.linspace(0, 1, steps + self.to_data, dtype=torch.float64))[:steps]
+            if self.pure_noise:
+                theta[0] = HALF_PI
         return torch.cat([theta, theta.new_zeros(1)])
 
     def at(self, u: Tensor) -> Tensor:
         """The curve read off at u in [0, 1]; exact at the knots' ends."""
-        bent = np.log(np.tan(self.theta.numpy() / 2))
-        theta = 2 * torch.atan(torch.from_numpy(np.exp(PchipInterpolator(self.u.numpy(), bent)(u.numpy()))))
+        theta = unbend(torch.from_numpy(PchipInterpolator(self.u.numpy(), bend(self.theta).numpy())(u.numpy())))
         theta[u == 0], theta[u == 1] = self.theta[0], self.theta[-1]
         return theta
 
@@ -107,42 +120,63 @@ class Schedule:
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
         u = torch.unique((torch.cat([self.u, other.u]) * 2**30).round()) / 2**30  # knots equal but for rounding are one
-        bent = [torch.log(torch.tan(s.at(u) / 2)) for s in (self, other)]
-        theta = 2 * torch.atan(torch.exp((1 - gamma) * bent[0] + gamma * bent[1]))
-        provenance = {"blend": gamma, "of": [self.provenance, other.provenance]}
-        pure_noise = (self if gamma < 0.5 else other).pure_noise
-        return Schedule(u, theta, f"blend of {self.name} and {other.name}", pure_noise, provenance)
+        theta = unbend((1 - gamma) * bend(self.at(u)) + gamma * bend(other.at(u)))
+        nearer = self if gamma < 0.5 else other
+        about = {"blend": gamma, "of": [self.provenance, other.provenance]}
+        name = f"blend of {self.name} and {other.name}"
+        return Schedule(u, theta, name, nearer.pure_noise, nearer.to_data, provenance=about)
 
-    def save(self, file: str | File) -> None:
-        """Versioned JSON, written whole or not at all."""
-        document = {
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `save` writes."""
+        return {
             "format": FORMAT,
             "version": VERSION,
             "name": self.name,
             "pure_noise": self.pure_noise,
+            "to_data": self.to_data,
             "u": self.u.tolist(),
             "theta": self.theta.tolist(),
+            "grids": {str(n): grid.tolist() for n, grid in self.grids.items()},
             "provenance": self.provenance,
         }
+
+    @classmethod
+    def from_dict(cls, document: Any) -> Schedule:
+        """Raises ValueError, naming the fault, for anything that is not a schedule of this format."""
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f'not a schedule: it lacks "format": "{FORMAT}"')
+        if document.get("version") not in (1, VERSION):
+            raise ValueError(f"version {document.get('version')} of the format; this fewstep reads up to {VERSION}: upgrade")
+        later = {} if document["version"] == 1 else {k: document.get(k) for k in ("to_data", "grids")}
+        try:
+            return cls(**{k: document[k] for k in ("u", "theta", "name", "pure_noise", "provenance")}, **later)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"a damaged schedule: {error}") from error
+
+    def save(self, file: str | File) -> None:
+        """Versioned JSON, written whole or not at all."""
         draft = File(f"{file}.part")
-        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        draft.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         os.replace(draft, file)
 
     @classmethod
     def load(cls, file: str | File) -> Schedule:
         """Raises ValueError, naming the file and the fault, for anything that is not a schedule of this format."""
         try:
-            document = json.loads(File(file).read_text())
+            return cls.from_dict(json.loads(File(file).read_text()))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a schedule: it is not JSON ({error})") from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f'{file} is not a schedule: it lacks "format": "{FORMAT}"')
-        if document.get("version") != VERSION:
-            raise ValueError(f"{file} has version {document.get('version')}; this fewstep reads version {VERSION}: upgrade")
-        try:
-            return cls(**{k: document[k] for k in ("u", "theta", "name", "pure_noise", "provenance")})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is a damaged schedule: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+
+def bend(theta: Tensor) -> Tensor:
+    """log tan(theta/2): the coordinate in which curves are interpolated and levels are moved."""
+    return torch.log(torch.tan(theta / 2))
+
+
+def unbend(bent: Tensor) -> Tensor:
+    return 2 * torch.atan(torch.exp(bent))
 
 
 def _require_monotone(name: str, values: Tensor, rising: bool) -> None:
@@ -170,9 +204,13 @@ def step_lengths(costs: Tensor, order: float = 2) -> Tensor:
     return costs.clamp(min=1e-12 * float(costs.max())) ** (1 / order)
 
 
-def from_costs(theta: Tensor, costs: Tensor, order: float = 2, **about: Any) -> Schedule:
-    """The constant-cost curve through the levels theta (k,), given the costs (k-1,) of the steps between them."""
+def from_costs(theta: Tensor, costs: Tensor, order: float = 2, damping: float = 0.0, **about: Any) -> Schedule:
+    """The constant-cost curve through the levels theta (k,), given the costs (k-1,) of the steps between them.
+
+    damping: a share of the mean length that every step gets on top, so that no stretch of levels is skipped altogether.
+    """
     lengths = step_lengths(costs, order)
+    lengths = lengths + damping * lengths.mean()
     u = torch.cat([lengths.new_zeros(1), lengths.cumsum(0) / lengths.sum()])
     u[-1] = 1.0
     return Schedule(u, theta, **about)

@@ -1,0 +1,154 @@
+"""Where does a solver end, and where should it?
+
+The probability-flow ODE takes every noise to one picture. `reference` follows it finely from many noises; `Runs` follows
+it with a solver and few levels, from the same noises. The root mean square difference of the two ends, per dimension, is
+the endpoint error: what a schedule for a deterministic solver has to make small.
+
+On the way the reference sees how the model's belief D = E[x_0 | x] bends along a trajectory. A method of order p with
+steps h in log sigma replaces D by a polynomial through p points, so on the VE path a step's local error is
+
+    c h^{p+1} |d^p D / d(log sigma)^p|
+
+Its mean square is a cost of order 2(p+1), whose equalised curve spreads the local error evenly over a grid's steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Cond, Denoiser
+from fewstep.path import HALF_PI, as_time, broadcast
+from fewstep.schedule import log_linear
+from fewstep.solvers import ORDER, SOLVERS, STOCHASTIC
+
+REFERENCE_SOLVER = "unipc"  # of the solvers here the nearest to the end at 64 levels, on mixtures and digits
+MEMORY = 2**26  # numbers of the reference's trajectories held at once
+Log = list[tuple[float, Tensor]]
+
+
+class Reference(NamedTuple):
+    """noise (m, *d): standard normal; ends (m, *d): where the ODE takes it; theta (k,): the levels; bending[p - 1] (k - p, m):
+    the squared norm of D's p-th difference quotient in log sigma, p = 1, 2."""
+
+    noise: Tensor
+    ends: Tensor
+    theta: Tensor
+    bending: tuple[Tensor, Tensor]
+    evaluations: int
+
+
+def local_error_order(solver: str) -> int:
+    """The p of the local error that a curve is learned from: the solver's order, but at most 2, beyond which D's
+    differences are noise before they are asymptotics."""
+    return min(ORDER[solver], 2)
+
+
+def deal(cond: Mapping[str, Tensor] | None, rows: Tensor) -> dict[str, Tensor] | None:
+    """The conditions of these noises: row i of n conditions goes to the noises i, i + n, i + 2n, .."""
+    return {k: v[(rows % len(v)).to(v.device)] for k, v in cond.items()} if cond else None
+
+
+class Runs:
+    """A solver's end as a function of its levels, from fixed noises (m, *d), standard normal; counts its evaluations.
+
+    A run starts from sigma(times[0]) times the noise. The solver must be deterministic.
+    """
+
+    def __init__(self, denoiser: Denoiser, solver: str, noise: Tensor, cond: Cond = None, batch_size: int = 512):
+        if solver in STOCHASTIC:
+            raise ValueError(f"{solver} has no end to compare: it draws noise; choose a deterministic solver, such as dpmpp_2m")
+        self.denoiser, self.solver, self.noise, self.cond = denoiser, solver, noise, cond
+        self.batches = torch.arange(len(noise)).split(batch_size)
+        self.evaluations = 0
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        self.evaluations += len(x) * self.denoiser.evaluations
+        parts = [self.denoiser(x[rows[0] : rows[-1] + 1], t, deal(self.cond, rows)) for rows in self.batches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.no_grad()
+    def __call__(self, theta: Tensor, replay: Log | None = None) -> tuple[Tensor, Log]:
+        """The ends (m, *d) on the levels theta (N,), exact data after them, and what the model said on the way.
+
+        replay: the log of a run whose first levels were the same; what the model says there is not asked again.
+        """
+        path, log, same = self.denoiser.path, [], replay is not None
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal same
+            known = replay[len(log)] if same and replay and len(log) < len(replay) else None
+            same = known is not None and known[0] == float(t)
+            log.append((float(t), known[1] if known and same else self.predict(x, t)))
+            return log[-1][1]
+
+        times = torch.cat([path.time(theta), theta.new_zeros(1)])
+        start = broadcast(path.sigma(times[0]), self.noise) * self.noise
+        *_, x = SOLVERS[self.solver](predict, start, path, times, torch.randn_like)
+        return x, log
+
+
+def squared_errors(x: Tensor, ends: Tensor) -> Tensor:
+    """Mean square difference per dimension of each sample: (m,), float64."""
+    return ((x - ends).double() ** 2).flatten(1).mean(1).cpu()
+
+
+@torch.no_grad()
+def reference(
+    denoiser: Denoiser,
+    noise: Tensor,
+    cond: Mapping[str, Tensor] | None = None,
+    *,
+    levels: int = 64,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    batch_size: int = 512,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> Reference:
+    """Follow the ODE from standard normal noise (m, *d) on `levels` log-uniform levels: m `levels` evaluations."""
+    sigma_min, sigma_max = level_range(denoiser, sigma_min, sigma_max)
+    theta = log_linear(sigma_min, sigma_max).angles(levels)[:-1]
+    grid = torch.cat([as_time([HALF_PI]), theta]) if denoiser.path.ends_in_pure_noise() else theta
+    h = math.log(sigma_max / sigma_min) / (levels - 1)
+    chunk = max(1, min(batch_size, MEMORY // (levels * noise[0].numel())))
+    ends, bending, evaluations = [], [], 0
+    for rows in progress(torch.arange(len(noise)).split(chunk)):
+        given = deal(cond, rows)
+        runs = Runs(denoiser, REFERENCE_SOLVER, noise[rows.to(noise.device)], given, batch_size)
+        x, log = runs(grid)
+        evaluations += runs.evaluations
+        ends.append(x)
+        slope = torch.stack([belief for _, belief in log[-levels:]]).flatten(2).double().diff(dim=0) / h
+        bending.append([(slope**2).sum(-1).cpu(), ((slope.diff(dim=0) / h) ** 2).sum(-1).cpu()])
+    first, second = (torch.cat(part, 1) for part in zip(*bending, strict=True))
+    x = torch.cat(ends)
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(
+            "the model's trajectories are not finite; check it with `fewstep sample --steps 64`, or raise sigma_min"
+        )
+    return Reference(noise, x, theta, (first, second), evaluations)
+
+
+def local_error_costs(bending: tuple[Tensor, Tensor], order: int) -> Tensor:
+    """The cost, up to a constant, of each step between the reference's levels (k - 1,), for a solver of order p = 1 or 2;
+    a cost of order 2(p + 1)."""
+    each = bending[order - 1].mean(1)
+    if order == 1:
+        return each
+    at_levels = torch.cat([each[:1], each, each[-1:]])  # the second differences lie on the levels, but the first and last
+    return torch.sqrt(at_levels[:-1] * at_levels[1:])
+
+
+def level_range(denoiser: Denoiser, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    """The levels sigma/alpha to learn on: the path's own unless given; raises ValueError beyond the model's noisiest."""
+    path = denoiser.path
+    low, high = sigma_min or path.sigma_min, sigma_max or path.sigma_max
+    if not 0 < low < high:
+        raise ValueError(f"want 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
+    if high > 1.001 * path.sigma_max and not path.ends_in_pure_noise():
+        raise ValueError(f"sigma_max {high:g} is beyond the model's noisiest level, {path.sigma_max:g}")
+    return low, high

@@ -1,0 +1,175 @@
+"""Which few levels bring this solver closest to where it should end?
+
+Below about ten steps the levels are too far apart for any density to be right, so they are moved themselves: least
+squares in the endpoint's error over many noises, by Levenberg-Marquardt. The network is never differentiated. A
+Jacobian's column is a run with one level moved, of which the steps before that level need no evaluation; between
+Jacobians Broyden's update learns from the runs that are made anyway.
+
+Levels are moved by the logarithms of their gaps in log tan(theta/2), so that they cannot cross.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Cond, Denoiser
+from fewstep.endpoint import Reference, Runs, deal, squared_errors
+from fewstep.schedule import Schedule, bend, unbend
+
+LEAST_GAP = 1e-3
+SCREENING = 32  # noises that the starts are tried on
+STARTS = 3  # tried starts that are then moved
+STOP = 2e-3  # relative gain of a step below which a Jacobian is renewed, or the search ends
+
+
+class Refined(NamedTuple):
+    """theta: (N,) levels. evaluations: spent on the way. start: the schedule it came from."""
+
+    theta: Tensor
+    evaluations: int
+    start: str
+
+
+class Bounds(NamedTuple):
+    """The range of levels in the bent coordinate, and whether the first level may leave the upper end."""
+
+    low: float
+    high: float
+    free_start: bool
+
+    def gaps(self, bent: Tensor) -> Tensor:
+        """(N,) gaps down to each level; the first, from the upper end, is kept off zero so that its logarithm can move."""
+        top = bent.new_tensor([self.high])
+        gaps = -torch.cat([top, bent]).diff().clamp(max=-LEAST_GAP)
+        gaps[0] = max(float(self.high - bent[0]), 20 * LEAST_GAP) if self.free_start else 0.0
+        return gaps
+
+    def levels(self, gaps: Tensor) -> Tensor:
+        """(N,) falling levels, pushed up where they would leave the lower end."""
+        floor = self.low + LEAST_GAP * torch.arange(len(gaps) - 1, -1, -1, dtype=torch.float64)
+        return torch.maximum(self.high - gaps.cumsum(0), floor)
+
+
+def bounds_of(denoiser: Denoiser, sigma_min: float) -> Bounds:
+    """The first level may move on a VE path only: there every runtime starts from that level's own noise."""
+    path = denoiser.path
+    bent = bend(torch.stack([torch.atan(torch.tensor(sigma_min, dtype=torch.float64)), path.angle(1.0)]))
+    return Bounds(float(bent[0]), float(bent[1]), free_start=float(path.alpha(1.0)) == 1.0)
+
+
+def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int) -> tuple[Tensor, float]:
+    """Levenberg-Marquardt from the levels bent (N,), within `budget` evaluations: the levels and their mean square error."""
+
+    def residual(levels: Tensor, replay=None):
+        x, log = runs(unbend(levels), replay)
+        return (x - ends).flatten().double().cpu(), log
+
+    free = slice(0 if bounds.free_start else 1, None)
+    spent, one_run = runs.evaluations, len(ends) * len(bent) * runs.denoiser.evaluations
+    gaps = bounds.gaps(bent)
+    bent = bounds.levels(gaps)
+    r, log = residual(bent)
+    jacobian, age, damping = None, 0, 1e-2
+    while runs.evaluations - spent + one_run <= budget:
+        if jacobian is None:
+            if runs.evaluations - spent + one_run * (len(bent) + 3) // 2 > budget:
+                break
+            jacobian, age = _jacobian(residual, r, log, bent, gaps, bounds)[:, free], 0
+        normal, gradient = jacobian.T @ jacobian, jacobian.T @ r
+        scale = normal.diagonal() + 1e-9 * normal.trace()
+        step = -torch.linalg.solve(normal + damping * scale.diag(), gradient)
+        step = step / max(1.0, float(step.abs().max()))  # no gap changes by more than a factor e
+        moved = gaps.clone()
+        moved[free] *= torch.exp(step)
+        trial = bounds.levels(moved)
+        moved = bounds.gaps(trial)
+        r_trial, log_trial = residual(trial)
+        age, finite = age + 1, bool(torch.isfinite(r_trial).all())
+        step = (moved[free] / gaps[free]).log()
+        if finite and float(step @ step) > 0:
+            jacobian = jacobian + torch.outer(r_trial - r - jacobian @ step, step) / (step @ step)
+        if finite and r_trial @ r_trial < r @ r:
+            gain = 1 - float((r_trial @ r_trial) / (r @ r))
+            gaps, bent, r, log, damping = moved, trial, r_trial, log_trial, max(damping / 4, 1e-6)
+            if gain < STOP:
+                if age == 1:
+                    break
+                jacobian = None
+        else:
+            damping = max(6 * damping, 1e-3)
+            if age == 3:
+                jacobian = None
+            elif age > 5:
+                break
+    return bent, float(r @ r) / len(r)
+
+
+def _jacobian(residual: Callable, r: Tensor, log, bent: Tensor, gaps: Tensor, bounds: Bounds) -> Tensor:
+    """d residual/d log gaps, by moving one level at a time a twentieth of the way to a neighbour: (m * d, N)."""
+    columns = []
+    for i in range(len(bent)):
+        if i == 0 and not bounds.free_start:
+            columns.append(torch.zeros_like(r))
+            continue
+        below = float(gaps[i + 1]) if i + 1 < len(bent) else max(float(bent[-1]) - bounds.low, 10 * LEAST_GAP)
+        move = -0.05 * min(below, 1.0) if below > gaps[i] else 0.05 * min(float(gaps[i]), 1.0)
+        moved = bent.clone()
+        moved[i] += move
+        columns.append((residual(moved, log)[0] - r) / move)
+    # a gap moves its own level and all below it
+    return -torch.stack(columns, 1).flip(1).cumsum(1).flip(1) * gaps
+
+
+def refine(
+    denoiser: Denoiser,
+    solver: str,
+    steps: int,
+    known: Reference,
+    starts: Mapping[str, Schedule],
+    *,
+    cond: Cond = None,
+    sigma_min: float | None = None,
+    budget: int = 15_000,
+    batch_size: int = 512,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Refined:
+    """The levels of `steps` steps with the smallest endpoint error over the reference's noises, from the best of the starts.
+
+    A quarter of the noises judges between the outcomes; the others are fitted. At most `budget` evaluations.
+    """
+    bounds = bounds_of(denoiser, sigma_min or denoiser.path.sigma_min)
+    spent = 0
+
+    def runs_on(rows: slice) -> tuple[Runs, Tensor]:
+        index = torch.arange(len(known.noise))[rows]
+        return Runs(denoiser, solver, known.noise[rows], deal(cond, index), batch_size), known.ends[rows]
+
+    held = max(1, len(known.noise) // 4)
+    screen, screen_ends = runs_on(slice(held, held + SCREENING))
+    tried = {}
+    for name, schedule in starts.items():
+        theta = schedule.angles(steps)[:-1]
+        error = float(squared_errors(screen(theta)[0], screen_ends).mean())
+        tried[name] = (error if math.isfinite(error) else math.inf, theta)
+    names = sorted(tried, key=lambda name: tried[name][0])
+    outcomes = {}
+    for name in progress(names[:STARTS]):
+        bent, error = descend(screen, screen_ends, bend(tried[name][1]), bounds, int(0.15 * budget))
+        outcomes[name] = (error, bent)
+    spent += screen.evaluations
+    start = min(outcomes, key=lambda name: outcomes[name][0])
+
+    candidates = [tried[names[0]][1], unbend(outcomes[start][1])]
+    judge, judge_ends = runs_on(slice(0, held))
+    judging = held * (len(candidates) + 1) * steps * denoiser.evaluations
+    fit, fit_ends = runs_on(slice(held, None))
+    candidates.append(unbend(descend(fit, fit_ends, outcomes[start][1], bounds, budget - spent - judging)[0]))
+    errors = [float(squared_errors(judge(theta)[0], judge_ends).mean()) for theta in candidates]
+    spent += fit.evaluations + judge.evaluations
+    best = min(range(len(candidates)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
+    return Refined(candidates[best], spent, names[0] if best == 0 else start)
