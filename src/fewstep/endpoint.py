@@ -15,7 +15,7 @@ Its mean square is a cost of order 2(p+1), whose equalised curve spreads the loc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,10 @@ class Reference(NamedTuple):
     evaluations: int
 
 
+def ignore(evaluations: int) -> None:
+    """Nobody watches the progress."""
+
+
 def local_error_order(solver: str) -> int:
     """The p of the local error that a curve is learned from: the solver's order, but at most 2, beyond which D's
     differences are noise before they are asymptotics."""
@@ -59,16 +63,27 @@ class Runs:
     A run starts from sigma(times[0]) times the noise. The solver must be deterministic.
     """
 
-    def __init__(self, denoiser: Denoiser, solver: str, noise: Tensor, cond: Cond = None, batch_size: int = 512):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        solver: str,
+        noise: Tensor,
+        cond: Cond = None,
+        batch_size: int = 512,
+        tick: Callable[[int], object] = ignore,
+    ):
         if solver in STOCHASTIC:
             raise ValueError(f"{solver} has no end to compare: it draws noise; choose a deterministic solver, such as dpmpp_2m")
-        self.denoiser, self.solver, self.noise, self.cond = denoiser, solver, noise, cond
+        self.denoiser, self.solver, self.noise, self.cond, self.tick = denoiser, solver, noise, cond, tick
         self.batches = torch.arange(len(noise)).split(batch_size)
         self.evaluations = 0
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        self.evaluations += len(x) * self.denoiser.evaluations
-        parts = [self.denoiser(x[rows[0] : rows[-1] + 1], t, deal(self.cond, rows)) for rows in self.batches]
+        parts = []
+        for rows in self.batches:
+            parts.append(self.denoiser(x[rows[0] : rows[-1] + 1], t, deal(self.cond, rows)))
+            self.evaluations += len(rows) * self.denoiser.evaluations
+            self.tick(len(rows) * self.denoiser.evaluations)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
@@ -97,17 +112,23 @@ def squared_errors(x: Tensor, ends: Tensor) -> Tensor:
     return ((x - ends).double() ** 2).flatten(1).mean(1).cpu()
 
 
+def mean_square(runs: Runs, theta: Tensor, ends: Tensor) -> float:
+    """The square of the endpoint error on these levels; infinite where the solver overflows."""
+    error = float(squared_errors(runs(theta)[0], ends).mean())
+    return error if math.isfinite(error) else math.inf
+
+
 @torch.no_grad()
 def reference(
     denoiser: Denoiser,
     noise: Tensor,
     cond: Mapping[str, Tensor] | None = None,
     *,
-    levels: int = 64,
+    levels: int = 48,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     batch_size: int = 512,
-    progress: Callable[[Sequence], Iterable] = iter,
+    tick: Callable[[int], object] = ignore,
 ) -> Reference:
     """Follow the ODE from standard normal noise (m, *d) on `levels` log-uniform levels: m `levels` evaluations."""
     sigma_min, sigma_max = level_range(denoiser, sigma_min, sigma_max)
@@ -116,9 +137,9 @@ def reference(
     h = math.log(sigma_max / sigma_min) / (levels - 1)
     chunk = max(1, min(batch_size, MEMORY // (levels * noise[0].numel())))
     ends, bending, evaluations = [], [], 0
-    for rows in progress(torch.arange(len(noise)).split(chunk)):
+    for rows in torch.arange(len(noise)).split(chunk):
         given = deal(cond, rows)
-        runs = Runs(denoiser, REFERENCE_SOLVER, noise[rows.to(noise.device)], given, batch_size)
+        runs = Runs(denoiser, REFERENCE_SOLVER, noise[rows.to(noise.device)], given, batch_size, tick)
         x, log = runs(grid)
         evaluations += runs.evaluations
         ends.append(x)

@@ -10,16 +10,16 @@ Levels are moved by the logarithms of their gaps in log tan(theta/2), so that th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Cond, Denoiser
-from fewstep.endpoint import Reference, Runs, deal, squared_errors
+from fewstep.denoiser import Denoiser
+from fewstep.endpoint import Log, Reference, Runs, deal, ignore, mean_square
 from fewstep.schedule import Schedule, bend, unbend
+from fewstep.solvers import evaluations_of
 
 LEAST_GAP = 1e-3
 SCREENING = 32  # noises that the starts are tried on
@@ -28,11 +28,12 @@ STOP = 2e-3  # relative gain of a step below which a Jacobian is renewed, or the
 
 
 class Refined(NamedTuple):
-    """theta: (N,) levels. evaluations: spent on the way. start: the schedule it came from."""
+    """theta: (N,) levels. evaluations: spent on the way. start: the schedule it came from. moved: whether it left that."""
 
     theta: Tensor
     evaluations: int
     start: str
+    moved: bool
 
 
 class Bounds(NamedTuple):
@@ -65,19 +66,20 @@ def bounds_of(denoiser: Denoiser, sigma_min: float) -> Bounds:
 def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int) -> tuple[Tensor, float]:
     """Levenberg-Marquardt from the levels bent (N,), within `budget` evaluations: the levels and their mean square error."""
 
-    def residual(levels: Tensor, replay=None):
+    def residual(levels: Tensor, replay: Log | None = None) -> tuple[Tensor, Log]:
         x, log = runs(unbend(levels), replay)
         return (x - ends).flatten().double().cpu(), log
 
     free = slice(0 if bounds.free_start else 1, None)
-    spent, one_run = runs.evaluations, len(ends) * len(bent) * runs.denoiser.evaluations
+    spent = runs.evaluations
     gaps = bounds.gaps(bent)
     bent = bounds.levels(gaps)
     r, log = residual(bent)
+    one_run = runs.evaluations - spent
     jacobian, age, damping = None, 0, 1e-2
     while runs.evaluations - spent + one_run <= budget:
         if jacobian is None:
-            if runs.evaluations - spent + one_run * (len(bent) + 3) // 2 > budget:
+            if runs.evaluations - spent + one_run * (len(bent) + 5) // 2 > budget:
                 break
             jacobian, age = _jacobian(residual, r, log, bent, gaps, bounds)[:, free], 0
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ r
@@ -109,7 +111,7 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
     return bent, float(r @ r) / len(r)
 
 
-def _jacobian(residual: Callable, r: Tensor, log, bent: Tensor, gaps: Tensor, bounds: Bounds) -> Tensor:
+def _jacobian(residual: Callable, r: Tensor, log: Log, bent: Tensor, gaps: Tensor, bounds: Bounds) -> Tensor:
     """d residual/d log gaps, by moving one level at a time a twentieth of the way to a neighbour: (m * d, N)."""
     columns = []
     for i in range(len(bent)):
@@ -132,44 +134,49 @@ def refine(
     known: Reference,
     starts: Mapping[str, Schedule],
     *,
-    cond: Cond = None,
+    cond: Mapping[str, Tensor] | None = None,
     sigma_min: float | None = None,
     budget: int = 15_000,
     batch_size: int = 512,
-    progress: Callable[[Iterable], Iterable] = iter,
+    tick: Callable[[int], object] = ignore,
 ) -> Refined:
     """The levels of `steps` steps with the smallest endpoint error over the reference's noises, from the best of the starts.
 
-    A quarter of the noises judges between the outcomes; the others are fitted. At most `budget` evaluations.
+    All starts are tried on a few noises, the best STARTS moved on those, the best outcome moved on as many as the budget
+    allows. The first quarter of the noises, which nothing was fitted to, judges between start and outcomes. Spends at
+    most `budget` evaluations, and raises ValueError where that is too few to move anything.
     """
     bounds = bounds_of(denoiser, sigma_min or denoiser.path.sigma_min)
-    spent = 0
+    one_run = evaluations_of(solver, steps) * denoiser.evaluations  # of one noise
+    jacobian = one_run * (steps + 1) // 2
+    held = len(known.noise) // 4
 
-    def runs_on(rows: slice) -> tuple[Runs, Tensor]:
+    def on(rows: slice) -> tuple[Runs, Tensor]:
         index = torch.arange(len(known.noise))[rows]
-        return Runs(denoiser, solver, known.noise[rows], deal(cond, index), batch_size), known.ends[rows]
+        return Runs(denoiser, solver, known.noise[rows], deal(cond, index), batch_size, tick), known.ends[rows]
 
-    held = max(1, len(known.noise) // 4)
-    screen, screen_ends = runs_on(slice(held, held + SCREENING))
+    affordable = min(SCREENING, int(0.2 * budget) // (one_run * len(starts)), int(0.15 * budget) // (jacobian + 3 * one_run))
+    if affordable < 4 or len(known.noise) < 16:
+        least = max(20 * one_run * len(starts), 27 * (jacobian + 3 * one_run))
+        raise ValueError(
+            f"{budget} evaluations and {len(known.noise)} noises are too few to refine {steps} steps of {solver} from "
+            f"{len(starts)} starts; want at least {least} and 16"
+        )
+    screen, screen_ends = on(slice(held, held + affordable))
     tried = {}
     for name, schedule in starts.items():
         theta = schedule.angles(steps)[:-1]
-        error = float(squared_errors(screen(theta)[0], screen_ends).mean())
-        tried[name] = (error if math.isfinite(error) else math.inf, theta)
+        tried[name] = mean_square(screen, theta, screen_ends), theta
     names = sorted(tried, key=lambda name: tried[name][0])
-    outcomes = {}
-    for name in progress(names[:STARTS]):
-        bent, error = descend(screen, screen_ends, bend(tried[name][1]), bounds, int(0.15 * budget))
-        outcomes[name] = (error, bent)
-    spent += screen.evaluations
-    start = min(outcomes, key=lambda name: outcomes[name][0])
+    moved = {name: descend(screen, screen_ends, bend(tried[name][1]), bounds, int(0.15 * budget)) for name in names[:STARTS]}
+    start = min(moved, key=lambda name: moved[name][1])
 
-    candidates = [tried[names[0]][1], unbend(outcomes[start][1])]
-    judge, judge_ends = runs_on(slice(0, held))
-    judging = held * (len(candidates) + 1) * steps * denoiser.evaluations
-    fit, fit_ends = runs_on(slice(held, None))
-    candidates.append(unbend(descend(fit, fit_ends, outcomes[start][1], bounds, budget - spent - judging)[0]))
-    errors = [float(squared_errors(judge(theta)[0], judge_ends).mean()) for theta in candidates]
-    spent += fit.evaluations + judge.evaluations
-    best = min(range(len(candidates)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
-    return Refined(candidates[best], spent, names[0] if best == 0 else start)
+    judge, judge_ends = on(slice(0, min(held, int(0.1 * budget) // (3 * one_run))))
+    left = budget - screen.evaluations - 3 * len(judge.noise) * one_run
+    fit, fit_ends = on(slice(held, held + max(affordable, left // (jacobian + 8 * one_run))))
+    outcome, _ = descend(fit, fit_ends, moved[start][0], bounds, left)
+    candidates = [tried[names[0]][1], unbend(moved[start][0]), unbend(outcome)]
+    errors = [mean_square(judge, theta, judge_ends) for theta in candidates]
+    best = errors.index(min(errors))
+    spent = screen.evaluations + fit.evaluations + judge.evaluations
+    return Refined(candidates[best], spent, names[0] if best == 0 else start, moved=best > 0)

@@ -16,11 +16,10 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as File
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
@@ -272,3 +271,10 @@ def cosine(sigma_min: float = 0.002, sigma_max: float = math.inf) -> Schedule:
 
 
 NAMED: dict[str, Callable[..., Schedule]] = {f.__name__: f for f in (karras, log_linear, kl_optimal, linear, cosine)}
+
+
+def free_schedules(sigma_min: float, sigma_max: float) -> dict[str, Schedule]:
+    """The schedules that cost nothing, in both readings: N levels down to sigma_min before exact data, or `to data`."""
+    curves = {name: make(sigma_min, sigma_max) for name, make in NAMED.items() if name != "cosine"}  # that is kl_optimal
+    curves["karras (rho 3)"] = karras(sigma_min, sigma_max, rho=3.0)
+    return curves | {f"{name} to data": replace(curve, to_data=True) for name, curve in curves.items()}

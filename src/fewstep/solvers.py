@@ -231,6 +231,11 @@ ORDER: dict[str, int] = {
 STOCHASTIC: frozenset[str] = frozenset({"ancestral", "dpmpp_2m_sde"})
 
 
+def evaluations_of(solver: str, steps: int) -> int:
+    """How often a solver asks the model about one sample on its way through `steps` steps to exact data."""
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
 def require_times(times: Tensor) -> Tensor:
     """The times (N+1,) in float64; raises ValueError unless they fall strictly within [0, 1]."""
     times = as_time(times)

@@ -1,0 +1,202 @@
+"""Which levels suit this solver?   A curve for every number of steps, refined grids for the numbers asked for.
+
+1. `reference`: where the ODE takes some noises, and how the model's belief bends on the way.
+2. Curves: of equal local error; through the refined levels of one middling number of steps; and the free ones. The one
+   with the least endpoint error, over several numbers of steps and noises that nothing was fitted to, is kept.
+3. `refine`: below about ten steps no curve is right for all numbers, so each number asked for gets its own levels.
+
+Nothing differentiates the network. The curve costs at most `budget` evaluations, and every refined number as much again.
+A stochastic solver has no endpoint to compare, so its curve comes from `learn.learn_by_cost`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.endpoint import (
+    Reference,
+    Runs,
+    deal,
+    ignore,
+    level_range,
+    local_error_costs,
+    local_error_order,
+    mean_square,
+    reference,
+)
+from fewstep.refine import bounds_of, descend, refine
+from fewstep.schedule import Schedule, bend, free_schedules, from_costs, unbend
+from fewstep.solvers import evaluations_of
+
+NOISES, LEVELS, BUDGET = 128, 48, 15_000
+DAMPING = 0.05  # share of the mean length in every step of the curve of equal local error
+TRIED_AT = (5, 9, 16)  # numbers of steps at which the curves compete
+MIDDLING = 8  # the number of steps whose refined levels make a curve
+AT_LEAST = 12  # noises that a curve competes on, and that its levels are fitted to
+
+
+def draw_noise(denoiser: Denoiser, shape: Sequence[int], count: int, generator: torch.Generator, device: str = "cpu") -> Tensor:
+    """Standard normal noise (count, *shape)."""
+    return torch.randn(count, *shape, generator=generator).to(device)
+
+
+def curve_of(known: Reference, solver: str, pure_noise: bool) -> Schedule:
+    """The curve along which a step's local error, squared, is the same everywhere: read to data."""
+    order = local_error_order(solver)
+    costs = local_error_costs(known.bending, order)
+    return from_costs(
+        known.theta, costs, 2 * (order + 1), DAMPING, name="equal local error", pure_noise=pure_noise, to_data=True
+    )
+
+
+def split_half_error(known: Reference, solver: str) -> float:
+    """The largest relative difference of the sigmas of a 10-step grid between two halves of the noises."""
+    halves = [known._replace(bending=tuple(b[:, part::2] for b in known.bending)) for part in (0, 1)]
+    grids = [curve_of(half, solver, False).sigmas(10)[:-1] for half in halves]
+    return float((grids[0] / grids[1]).log().abs().max())
+
+
+def through(theta: Tensor, like: Schedule) -> Schedule:
+    """The curve, read to data, whose grid of N = len(theta) steps is theta."""
+    end = torch.minimum(like.theta[-1:], theta[-1:] * 0.5)
+    u = torch.linspace(0, 1, len(theta) + 1, dtype=torch.float64)
+    return Schedule(u, torch.cat([theta, end]), f"through {len(theta)} refined levels", like.pure_noise, to_data=True)
+
+
+def fit_curve(
+    denoiser: Denoiser,
+    solver: str,
+    known: Reference,
+    *,
+    cond: Mapping[str, Tensor] | None = None,
+    budget: int = BUDGET,
+    batch_size: int = 512,
+    tick: Callable[[int], object] = ignore,
+) -> Schedule:
+    """The best curve for a deterministic solver, within `budget` evaluations, the reference's included.
+
+    Its provenance holds the errors of all the curves that competed, the split-half error of the learned one and the
+    evaluations spent.
+    """
+    sigma_max, sigma_min = (float(torch.tan(theta)) for theta in (known.theta[0], known.theta[-1]))
+    pure_noise = denoiser.path.ends_in_pure_noise()
+    learned = curve_of(known, solver, pure_noise)
+    free = free_schedules(sigma_min, sigma_max)
+    curves = {learned.name: learned} | {
+        name: replace(free[name], pure_noise=pure_noise)
+        for name in ("karras to data", "log_linear to data", "kl_optimal to data", "linear to data")
+    }
+    left, cost_of = budget - known.evaluations, denoiser.evaluations
+    each = sum(evaluations_of(solver, n) for n in TRIED_AT) * cost_of * (len(curves) + 1)
+    held = len(known.noise) // 4
+    judged = min(held, int(0.6 * left) // each)
+    moving = evaluations_of(solver, MIDDLING) * cost_of
+    moved = min(len(known.noise) - held, (left - judged * each) // (moving * (MIDDLING + 21) // 2))
+    if min(judged, moved) < AT_LEAST:
+        raise ValueError(
+            f"{budget} evaluations are too few to fit a curve after a reference of {known.evaluations}: want about "
+            f"{known.evaluations + AT_LEAST * (each + moving * (MIDDLING + 21) // 2)}, or a reference of fewer noises"
+        )
+    rows = torch.arange(len(known.noise))
+    judge = Runs(denoiser, solver, known.noise[:judged], deal(cond, rows[:judged]), batch_size, tick)
+    fitted = slice(held, held + moved)
+    fit = Runs(denoiser, solver, known.noise[fitted], deal(cond, rows[fitted]), batch_size, tick)
+
+    def errors(curve: Schedule) -> list[float]:
+        return [math.sqrt(mean_square(judge, curve.angles(n)[:-1], known.ends[:judged])) for n in TRIED_AT]
+
+    scores = {name: errors(curve) for name, curve in curves.items()}
+
+    def total(name: str) -> float:
+        return sum(math.log(error) for error in scores[name])
+
+    best = min(scores, key=total)
+    start = bend(curves[best].angles(MIDDLING)[:-1])
+    remaining = left - judge.evaluations - judged * each // (len(curves) + 1)
+    bent, _ = descend(fit, known.ends[fitted], start, bounds_of(denoiser, sigma_min), remaining)
+    passing = through(unbend(bent), learned)
+    curves[passing.name], scores[passing.name] = passing, errors(passing)
+    best = min(scores, key=total)
+    about = {
+        "cost": "endpoint",
+        "solver": solver,
+        "order": 2 * (local_error_order(solver) + 1),
+        "learned_on": repr(denoiser.path),
+        "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
+        "noises": len(known.noise),
+        "split_half_error": split_half_error(known, solver),
+        "curve": best,
+        "curve_errors": {name: dict(zip(map(str, TRIED_AT), score, strict=True)) for name, score in scores.items()},
+        "evaluations": known.evaluations + judge.evaluations + fit.evaluations,
+        "refined": {},
+    }
+    return replace(curves[best], name=f"learned ({solver})", provenance=about)
+
+
+def refine_steps(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    steps: int,
+    known: Reference,
+    *,
+    cond: Mapping[str, Tensor] | None = None,
+    budget: int = BUDGET,
+    batch_size: int = 512,
+    tick: Callable[[int], object] = ignore,
+) -> Schedule:
+    """The schedule of `fit_curve` with a refined grid of this many steps as well; at most `budget` evaluations."""
+    solver, about = schedule.provenance["solver"], schedule.provenance
+    free = free_schedules(about["sigma_min"], about["sigma_max"])
+    starts = {name: replace(curve, pure_noise=schedule.pure_noise) for name, curve in free.items()}
+    plain = curve_of(known, solver, schedule.pure_noise)
+    starts |= {plain.name: plain, "the curve": replace(schedule, grids={})}
+    found = refine(
+        denoiser,
+        solver,
+        steps,
+        known,
+        starts,
+        cond=cond,
+        sigma_min=about["sigma_min"],
+        budget=budget,
+        batch_size=batch_size,
+        tick=tick,
+    )
+    note = {"evaluations": found.evaluations, "from": found.start, "moved": found.moved}
+    grids = schedule.grids | {steps: found.theta}
+    return replace(schedule, grids=grids, provenance=about | {"refined": about["refined"] | {str(steps): note}})
+
+
+def tailor(
+    denoiser: Denoiser,
+    solver: str,
+    steps: Sequence[int] = (),
+    *,
+    shape: Sequence[int] | None = None,
+    noises: int = NOISES,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    cond: Mapping[str, Tensor] | None = None,
+    budget: int = BUDGET,
+    batch_size: int = 512,
+    generator: torch.Generator | None = None,
+    device: str = "cpu",
+) -> Schedule:
+    """All of it, for a deterministic solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`."""
+    form = shape or denoiser.shape
+    if form is None:
+        raise ValueError("the model does not say its samples' shape; give shape=(..)")
+    noise = draw_noise(denoiser, form, noises, generator or torch.Generator().manual_seed(0), device)
+    low, high = level_range(denoiser, sigma_min, sigma_max)
+    known = reference(denoiser, noise, cond, levels=LEVELS, sigma_min=low, sigma_max=high, batch_size=batch_size)
+    schedule = fit_curve(denoiser, solver, known, cond=cond, budget=budget, batch_size=batch_size)
+    for n in steps:
+        schedule = refine_steps(denoiser, schedule, n, known, cond=cond, budget=budget, batch_size=batch_size)
+    return schedule

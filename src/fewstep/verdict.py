@@ -1,0 +1,137 @@
+"""Does the schedule help, on noises that it has never seen?
+
+A deterministic solver is judged by the endpoint error, noise by noise; a stochastic one by the sliced Wasserstein
+distance of its samples to the model's own finely solved ones, repetition by repetition. Intervals are bootstrapped over
+noises, or repetitions, in pairs: every schedule meets the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.endpoint import Reference, Runs, deal, ignore, squared_errors
+from fewstep.metrics import sliced_wasserstein
+from fewstep.schedule import Schedule, free_schedules
+from fewstep.solvers import STOCHASTIC, solve
+
+REPETITIONS = 5  # of a stochastic solver
+
+
+def judge(
+    denoiser: Denoiser,
+    solver: str,
+    schedule: Schedule,
+    steps: Sequence[int],
+    known: Reference,
+    *,
+    default: Callable[[int], Tensor] | None = None,
+    cond: Mapping[str, Tensor] | None = None,
+    batch_size: int = 512,
+    generator: torch.Generator | None = None,
+    tick: Callable[[int], object] = ignore,
+) -> dict[str, Any]:
+    """The verdict, as it stands in the file: for every number of steps the error of the schedule, of every free one, and of
+    the model's current default; the best free one; the ratio to it and to the default, with 95 % intervals.
+
+    known: a reference from noises that nothing was fitted to. default: steps -> angles (steps,), the model's own levels.
+    """
+    low, high = (float(torch.tan(schedule.theta[i])) for i in (-1, 0))
+    low = schedule.provenance.get("sigma_min", low)
+    high = schedule.provenance.get("sigma_max", high)
+    free = {name: replace(s, pure_noise=schedule.pure_noise) for name, s in free_schedules(low, high).items()}
+    rows = torch.arange(len(known.noise))
+    measure = _weak if solver in STOCHASTIC else _endpoint
+    result: dict[str, Any] = {
+        "measure": "sliced Wasserstein distance" if solver in STOCHASTIC else "endpoint error",
+        "solver": solver,
+        "noises": len(known.noise),
+        "steps": {},
+    }
+    spent = known.evaluations
+    for n in steps:
+        grids = {"learned": schedule.angles(n)[:-1]} | {name: s.angles(n)[:-1] for name, s in free.items()}
+        if default is not None:
+            grids["default"] = default(n)
+        squares, evaluations = measure(denoiser, solver, grids, known, deal(cond, rows), batch_size, generator, tick)
+        spent += evaluations
+        errors = {name: math.sqrt(float(each.mean())) for name, each in squares.items()}
+        best = min(free, key=lambda name: errors[name])
+        row = {"errors": errors, "best_free": best, "against_best_free": ratio(squares["learned"], squares[best])}
+        if default is not None:
+            row["against_default"] = ratio(squares["learned"], squares["default"])
+        result["steps"][str(n)] = row
+    return result | {"evaluations": spent}
+
+
+def _endpoint(denoiser, solver, grids, known, cond, batch_size, generator, tick) -> tuple[dict[str, Tensor], int]:
+    """Squared endpoint errors (m,) of each grid."""
+    runs = Runs(denoiser, solver, known.noise, cond, batch_size, tick)
+    squares = {name: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf) for name, theta in grids.items()}
+    return squares, runs.evaluations
+
+
+def _weak(denoiser, solver, grids, known, cond, batch_size, generator, tick) -> tuple[dict[str, Tensor], int]:
+    """Squared sliced Wasserstein distances (repetitions,) of each grid's samples to the reference's."""
+    seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
+    spent, squares = 0, {}
+    for name, theta in grids.items():
+        times = torch.cat([denoiser.path.time(theta), theta.new_zeros(1)])
+        distances = []
+        for repetition in range(REPETITIONS):
+            g = torch.Generator().manual_seed(seed + repetition)
+            start = denoiser.path.start(len(known.noise), known.noise.shape[1:], g, times[0], device=known.noise.device)
+            with torch.no_grad():
+                done = solve(denoiser, start, times, solver, cond=cond, generator=g)
+            spent += done.evaluations * len(start)
+            tick(done.evaluations * len(start))
+            distances.append(sliced_wasserstein(done.x, known.ends, 200, torch.Generator().manual_seed(repetition)))
+        squares[name] = torch.tensor(distances, dtype=torch.float64) ** 2
+    return squares, spent
+
+
+def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, float]:
+    """The ratio of two root mean squares (m,), (m,) of the same noises, and its 95 % bootstrap interval."""
+    draw = np.random.default_rng(0).integers(len(ours), size=(resamplings, len(ours)))
+    means = np.sqrt(ours.numpy()[draw].mean(1) / np.maximum(theirs.numpy()[draw].mean(1), 1e-300))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"ratio": math.sqrt(float(ours.mean()) / max(float(theirs.mean()), 1e-300)), "low": float(low), "high": float(high)}
+
+
+def guard(schedule: Schedule, verdict: dict[str, Any]) -> Schedule:
+    """The schedule with the best free grid in place of its own wherever that did better; the verdict goes into the file."""
+    about = schedule.provenance
+    free = free_schedules(about["sigma_min"], about["sigma_max"])
+    grids, kept = dict(schedule.grids), {}
+    for n, row in verdict["steps"].items():
+        wins = row["against_best_free"]["ratio"] <= 1
+        kept[n] = "learned" if wins else row["best_free"]
+        if not wins:
+            grids[int(n)] = replace(free[row["best_free"]], pure_noise=schedule.pure_noise).angles(int(n))[:-1]
+    return replace(schedule, grids=grids, provenance=about | {"verdict": verdict | {"kept": kept}})
+
+
+def sentences(verdict: dict[str, Any]) -> list[str]:
+    """The verdict in words, a line for each number of steps."""
+    lines = []
+    for n, row in verdict["steps"].items():
+        versus = row["against_best_free"]
+        best = f"{_interval(versus)} of the best free schedule's ({row['best_free']})"
+        said = f", {_interval(row['against_default'])} of the model's default's" if "against_default" in row else ""
+        kept = verdict.get("kept", {}).get(n, "learned")
+        end = "" if kept == "learned" else f"; it does not win, so the file keeps {kept}"
+        lines.append(
+            f"{n} steps of {verdict['solver']}: {verdict['measure']} {row['errors']['learned']:.4g}, {best}{said}{end}"
+        )
+    return lines
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
