@@ -71,6 +71,9 @@ def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", t
     loop = record(folder, state, train_loop(state, data.train.to(device)))
     for _ in track(loop, config.iterations - state.step, "training"):
         pass
+    if state.schedule is not None:  # before the weights, which tell that the run has finished
+        about = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "data": source.data}
+        dataclasses.replace(state.schedule, provenance=about | state.schedule.provenance).save(folder / SCHEDULE)
     models.save_weights(state.averaged.module, folder / models.MODEL)
     return folder
 

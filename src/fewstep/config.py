@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """How a diffusion model is trained: v-prediction on the cosine path, levels log-normal in sigma/alpha."""
+    """How a diffusion model is trained: v-prediction on the cosine path."""
 
     iterations: Count = 5000
     """Steps of the optimiser."""
@@ -62,10 +62,16 @@ class TrainConfig:
     """Cleanest level a schedule may visit before exact data, as sigma/alpha."""
     sigma_max: Positive = 40.0
     """Noisiest level, as sigma/alpha."""
+    schedule: Literal["fixed", "adaptive"] = "fixed"
+    """Training levels: fixed (log-normal in sigma/alpha), or adaptive: a schedule that is learned meanwhile and kept."""
     level_mean: float = -0.5
-    """Mean of log(sigma/alpha) over the training levels."""
+    """Mean of log(sigma/alpha) over the fixed levels."""
     level_std: Positive = 1.4
     """Its standard deviation."""
+    schedule_every: Count = 100
+    """Iterations between two estimates of the adaptive schedule."""
+    schedule_blend: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """How far the adaptive schedule moves towards each estimate (the paper's gamma: 0.05 to 0.1)."""
     seed: int = 0
     """Seed of the weights, the levels and the noise."""
 

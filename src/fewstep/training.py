@@ -3,6 +3,10 @@
 v-prediction on the cosine path (Salimans & Ho 2022): the network sees inputs of unit variance and is asked for a target
 of unit variance at every level, for data of about unit variance; equal to EDM's preconditioning with sigma_data = 1. The
 model is then shown on the VE path over its range of levels, whose noisy end, unlike the cosine's, still knows the data.
+
+The training levels are log-normal in sigma/alpha, or follow a schedule that is learned meanwhile (Williams et al. 2024,
+Algorithm 2): every so often the costs of the running schedule's own steps are estimated with the averaged weights, made
+equal, and the schedule moves a share of the way there, little enough to survive the first, untrained scores.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fewstep.config import TrainConfig
-from fewstep.denoiser import OnPath, Pretrained
+from fewstep.cost import CORRECTOR_ORDER, corrector_costs
+from fewstep.denoiser import Denoiser, OnPath, Pretrained
 from fewstep.networks import make_denoising_net
 from fewstep.path import VE, Cosine, Path, broadcast
+from fewstep.schedule import Schedule, from_costs, log_linear, step_lengths
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
+KNOTS = 101  # of the running schedule: the levels between which costs are estimated
 
 
 def make_denoiser(shape: tuple[int, ...], config: TrainConfig) -> OnPath:
@@ -40,7 +47,7 @@ def averaged(module: nn.Module, decay: float) -> AveragedModel:
 
 
 class TrainState:
-    """All that the next iteration needs. `averaged.module` is the denoiser to use."""
+    """All that the next iteration needs. `averaged.module` is the denoiser to use, `schedule` the adaptive one, or None."""
 
     def __init__(self, shape: tuple[int, ...], config: TrainConfig, device: str = "cpu"):
         self.config = config
@@ -50,6 +57,7 @@ class TrainState:
         self.averaged = averaged(self.denoiser, config.ema)
         self.optimiser = torch.optim.Adam(self.denoiser.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.schedule = first_schedule(config) if config.schedule == "adaptive" else None
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,6 +66,7 @@ class TrainState:
             "averaged": self.averaged.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
+            "schedule": vars(self.schedule) if self.schedule else None,
             "step": self.step,
         }
 
@@ -66,6 +75,7 @@ class TrainState:
         self.averaged.load_state_dict(state["averaged"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
+        self.schedule = Schedule(**state["schedule"]) if state["schedule"] else None
         self.step = state["step"]
 
 
@@ -77,10 +87,49 @@ def velocity_loss(net: Callable[..., Tensor], path: Path, x0: Tensor, ratio: Ten
     return ((net(x, t.to(x)) - v) ** 2).flatten(1).mean(1)
 
 
+def first_schedule(config: TrainConfig) -> Schedule:
+    """Log-uniform: where adaptive training starts."""
+    bend = torch.sinh(4 * torch.linspace(1, 0, KNOTS, dtype=torch.float64))
+    u = 1 - bend / bend[0]  # closer together towards the clean end, where a wide step's cost says little of its length
+    return Schedule(u, log_linear(config.sigma_min, config.sigma_max).at(u), "log_linear")
+
+
+def training_levels(state: TrainState) -> Tensor:
+    """sigma/alpha of one batch: (b,), log-normal, or one from each b-th of the running schedule."""
+    config, g = state.config, state.generator
+    if state.schedule is None:
+        normal = torch.randn(config.batch_size, generator=g, dtype=torch.float64)
+        return torch.exp(config.level_mean + config.level_std * normal)
+    within = torch.rand(config.batch_size, generator=g, dtype=torch.float64)
+    return torch.tan(state.schedule.at((torch.arange(config.batch_size) + within) / config.batch_size))
+
+
+def adapt(
+    running: Schedule, denoiser: Denoiser, data: Tensor, config: TrainConfig, generator: torch.Generator
+) -> tuple[Schedule, dict[str, float]]:
+    """One round of Algorithm 2 (Williams et al. 2024): the running schedule, blended with the one that equalises its costs.
+
+    Its knots stay at the same u. Also Lambda, the length of the running schedule, and cost_variation, the standard
+    deviation of dLambda/du over its mean: 0 on the optimum. By default a twelfth of the evaluations of the iterations
+    in between.
+    """
+    draws = max(4, config.batch_size // 8)
+    times = denoiser.path.time(running.theta)
+    costs = corrector_costs(denoiser, data, times, draws, config.batch_size, generator=generator).mean(1)
+    lengths = step_lengths(costs, CORRECTOR_ORDER)
+    blended = running.blend(from_costs(running.theta, costs, CORRECTOR_ORDER), config.schedule_blend)
+    share, part = lengths / lengths.sum(), running.u.diff()
+    metrics = {"Lambda": float(lengths.sum()), "cost_variation": float(((share - part) ** 2 / part).sum().sqrt())}
+    about = {"cost": "corrector", "order": CORRECTOR_ORDER, "coordinates": "VE", "learned_on": repr(denoiser.path)}
+    about |= {"every": config.schedule_every, "blend": config.schedule_blend, "draws": draws}
+    return Schedule(running.u, blended.at(running.u), "learned while training", provenance=about | metrics), metrics
+
+
 def train(state: TrainState, data: Tensor) -> Iterator[dict[str, float]]:
     """Run from state.step to the configured number of iterations over data (n, *d); yields {"loss": ..} after each.
 
-    loss: mean square error of v, per dimension. Raises ValueError when it is not finite.
+    loss: mean square error of v, per dimension. Raises ValueError when it is not finite. Every config.schedule_every
+    iterations, adaptive training also yields the metrics of `adapt`.
     """
     config, g = state.config, state.generator
     model = cast(Pretrained, state.denoiser.denoiser)
@@ -88,9 +137,9 @@ def train(state: TrainState, data: Tensor) -> Iterator[dict[str, float]]:
         lr = config.lr * (1 + math.cos(math.pi * state.step / config.iterations)) / 2
         state.optimiser.param_groups[0]["lr"] = lr
         x0 = data[torch.randint(len(data), (config.batch_size,), generator=g).to(data.device)]
-        level = config.level_mean + config.level_std * torch.randn(config.batch_size, generator=g, dtype=torch.float64)
+        ratio = training_levels(state)
         eps = torch.randn(x0.shape, generator=g).to(x0)
-        loss = velocity_loss(model.net, model.path, x0, level.exp(), eps).mean()
+        loss = velocity_loss(model.net, model.path, x0, ratio, eps).mean()
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"the loss is not finite at iteration {state.step}: lower --lr, or check the data's scale")
         state.optimiser.zero_grad()
@@ -98,4 +147,9 @@ def train(state: TrainState, data: Tensor) -> Iterator[dict[str, float]]:
         state.optimiser.step()
         state.averaged.update_parameters(state.denoiser)
         state.step += 1
-        yield {"loss": float(loss.detach())}
+        metrics = {"loss": float(loss.detach())}
+        if state.schedule is not None and state.step % config.schedule_every == 0:
+            denoiser = cast(Denoiser, state.averaged.module)
+            state.schedule, more = adapt(state.schedule, denoiser, data, config, g)
+            metrics |= more
+        yield metrics
