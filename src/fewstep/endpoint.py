@@ -92,7 +92,8 @@ class Runs:
 
         replay: the log of a run whose first levels were the same; what the model says there is not asked again.
         """
-        path, log, same = self.denoiser.path, [], replay is not None
+        path, same = self.denoiser.path, replay is not None
+        log: Log = []
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             nonlocal same
@@ -167,8 +168,9 @@ def local_error_costs(bending: tuple[Tensor, Tensor], order: int) -> Tensor:
 def level_range(denoiser: Denoiser, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
     """The levels sigma/alpha to learn on: the path's own unless given; raises ValueError beyond the model's noisiest."""
     path = denoiser.path
-    low, high = sigma_min or path.sigma_min, sigma_max or path.sigma_max
-    if not 0 < low < high:
+    low = path.sigma_min if sigma_min is None else sigma_min
+    high = path.sigma_max if sigma_max is None else sigma_max
+    if not 0 < low < high < math.inf:
         raise ValueError(f"want 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
     if high > 1.001 * path.sigma_max and not path.ends_in_pure_noise():
         raise ValueError(f"sigma_max {high:g} is beyond the model's noisiest level, {path.sigma_max:g}")

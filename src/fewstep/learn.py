@@ -1,8 +1,16 @@
-"""From a model's own score to its schedule: probe the costs on a fine grid, then make every step cost the same.
+"""From a model's own score to its schedule.
 
-theta_0 > .. > theta_k log-uniform in sigma/alpha    probes
-L_i = cost of theta_i -> theta_{i+1}                 averaged over draws of data and noise
-Lambda = sum_i L_i^{1/order}                         the length of the curve; a grid's error falls as Lambda/N
+    learn_schedule(denoiser, solver="dpmpp_2m", steps=[6])    levels for a solver: `tailor`, by its endpoint's error
+    learn_schedule(denoiser, x0)                              the published method: every step costs the same
+
+The published method (Williams et al. 2024, Algorithm 1 on a fine grid) knows no solver. Probe the cost of the steps
+between levels that are log-uniform in sigma/alpha,
+
+    theta_0 > .. > theta_k    probes
+    L_i = cost of theta_i -> theta_{i+1}        averaged over draws of data and noise
+    Lambda = sum_i L_i^{1/order}                the length of the curve; a grid's error falls as Lambda/N
+
+and read off levels at equal lengths. The predictor's cost changes with the levels it is probed on, so it is iterated.
 """
 
 from __future__ import annotations
@@ -10,23 +18,97 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep import cost as costs
 from fewstep.denoiser import Denoiser, OnPath
+from fewstep.endpoint import level_range, reference
 from fewstep.path import VE
 from fewstep.schedule import Schedule, from_costs, log_linear, step_lengths
+from fewstep.solvers import STOCHASTIC
+from fewstep.tailor import BUDGET, NOISES, draw_noise, shape_of, tailor
+
+ROUNDS = 3  # of the predictor's cost: its unevenness is then below 1 % on exact scores
+OWN_SAMPLES = 256  # drawn from the model where there are no data
 
 
 def learn_schedule(
     denoiser: Denoiser,
+    x0: Tensor | None = None,
+    cost: str | None = None,
+    *,
+    solver: str | None = None,
+    steps: Sequence[int] = (),
+    cond: Mapping[str, Tensor] | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    batch_size: int = 512,
+    generator: torch.Generator | None = None,
+    shape: Sequence[int] | None = None,
+    device: str = "cpu",
+    noises: int = NOISES,
+    budget: int = BUDGET,
+    probes: int = 100,
+    draws: int = 64,
+    tolerance: float | None = None,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> Schedule:
+    """Learn where the steps go, by score evaluations.
+
+    cost: "endpoint" (default where a deterministic solver is given: see `tailor`), "corrector" (default otherwise) or
+    "predictor" (solver euler or heun; the only one that differentiates the network).
+    x0: data (n, *d) in the model's scale, on its device, for the published costs; without, the model's own samples.
+    steps: numbers of steps that get refined levels of their own; needs cost "endpoint".
+    cond: rows are dealt out to the noises, or belong to the data, one each. shape: of one sample, where neither the
+    model nor x0 says it. noises, budget: see `tailor`. probes, draws, tolerance: see `learn_by_cost`.
+    The result's provenance tells how it came about and what it cost.
+    """
+    if cost is None:
+        cost = "endpoint" if solver is not None and solver not in STOCHASTIC else "corrector"
+    form = shape or (tuple(x0.shape[1:]) if x0 is not None else None)
+    about: dict[str, Any] = {"cond": cond, "sigma_min": sigma_min, "sigma_max": sigma_max, "batch_size": batch_size}
+    if cost == "endpoint":
+        if solver is None or solver in STOCHASTIC:
+            raise ValueError(f"cost 'endpoint' needs a deterministic solver, such as dpmpp_2m; got {solver!r}")
+        where = str(x0.device) if x0 is not None else device
+        about |= {"shape": form, "noises": noises, "budget": budget, "generator": generator, "device": where}
+        return tailor(denoiser, solver, steps, **about)
+    if steps:
+        raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave steps out")
+    spent = 0
+    if x0 is None:
+        noise = draw_noise(OWN_SAMPLES, shape_of(denoiser, form), generator, device)
+        _, x0, *_, spent = reference(denoiser, noise, cond, sigma_min=sigma_min, sigma_max=sigma_max, batch_size=batch_size)
+        if cond:
+            about["cond"] = {k: v[torch.arange(OWN_SAMPLES, device=v.device) % len(v)] for k, v in cond.items()}
+    learned = learn_by_cost(
+        denoiser,
+        x0,
+        cost,
+        solver=solver,
+        probes=probes,
+        draws=draws,
+        tolerance=tolerance,
+        generator=generator,
+        progress=progress,
+        **about,
+    )
+    more = {"own_samples": OWN_SAMPLES, "evaluations": learned.provenance["evaluations"] + spent} if spent else {}
+    return dataclasses.replace(learned, provenance=learned.provenance | more)
+
+
+def learn_by_cost(
+    denoiser: Denoiser,
     x0: Tensor,
     cost: str = "corrector",
     *,
+    solver: str | None = None,
     probes: int = 100,
     draws: int = 64,
+    tolerance: float | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     cond: Mapping[str, Tensor] | None = None,
@@ -34,16 +116,13 @@ def learn_schedule(
     generator: torch.Generator | None = None,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> Schedule:
-    """Learn where the steps go (Williams et al. 2024, Algorithm 1 on a fine grid). No derivatives of the network.
+    """The published method. probes: levels between sigma_max and sigma_min (sigma/alpha; default the path's own range), each
+    step with `draws` independent draws of data x0 (n, *d) and noise: 2 (probes - 1) draws evaluations, 12,672 by default.
 
-    x0: data (n, *d) in the model's scale, on its device. probes: levels between sigma_max and sigma_min (sigma/alpha;
-    default the path's own range), each step with `draws` independent draws: 2 (probes - 1) draws evaluations, 12,672 by
-    default. cond: one row per datum. The result's provenance holds the length Lambda, its Monte Carlo standard error,
-    the split-half error of the curve (largest relative difference of a 10-point grid's sigmas between two halves of the
-    draws), how uneven the probe steps were, and the evaluations spent.
+    tolerance: go on doubling the draws until the split-half error is at most this (corrector cost). The provenance holds
+    the length Lambda, its Monte Carlo standard error, the split-half error of the curve (largest relative difference of a
+    10-point grid's sigmas between two halves of the draws), how uneven the probed steps were, and the evaluations spent.
     """
-    if cost != "corrector":
-        raise ValueError(f"cost must be 'corrector', got {cost!r}")
     if probes < 3 or draws < 4:
         raise ValueError(f"learn_schedule needs at least 3 probes and 4 draws, got {probes} and {draws}")
     if len(x0) < 2:
@@ -53,23 +132,44 @@ def learn_schedule(
     for name, value in (cond or {}).items():
         if len(value) != len(x0):
             raise ValueError(f"cond[{name!r}] has {len(value)} rows for {len(x0)} data points; give one row per datum")
+    if cost == "predictor" and (solver is None or solver not in costs.PREDICTOR_ORDERS):
+        raise ValueError(f"cost 'predictor' needs a solver among {', '.join(costs.PREDICTOR_ORDERS)}, got {solver!r}")
+    if cost not in ("corrector", "predictor"):
+        raise ValueError(f"cost must be 'endpoint', 'corrector' or 'predictor', got {cost!r}")
 
-    path = VE(
-        denoiser.path.sigma_min if sigma_min is None else sigma_min,
-        denoiser.path.sigma_max if sigma_max is None else sigma_max,
-    )
-    if path.sigma_max > 1.001 * denoiser.path.sigma_max and not denoiser.path.ends_in_pure_noise():
-        raise ValueError(f"sigma_max {path.sigma_max:g} is beyond the model's noisiest level, {denoiser.path.sigma_max:g}")
+    path = VE(*level_range(denoiser, sigma_min, sigma_max))
     theta = log_linear(path.sigma_min, path.sigma_max).angles(probes)[:-1]
-    seen = OnPath(denoiser, path)
-    each = costs.corrector_costs(seen, x0, path.time(theta), draws, batch_size, cond, generator, progress)
-    order = costs.CORRECTOR_ORDER
-    mean, error = each.mean(1), each.std(1) / math.sqrt(draws)
+    seen, evaluations = OnPath(denoiser, path), 0
+    if cost == "predictor" and solver is not None:
+        order = costs.PREDICTOR_ORDERS[solver]
+        small = math.prod(x0.shape[1:]) <= 16
+        for last in (False,) * (ROUNDS - 1) + (True,):
+            found = costs.predictor_costs(
+                seen, x0, path.time(theta), draws, batch_size, solver, None if small else 4, cond, generator, progress
+            )
+            each, evaluations = found.each, evaluations + found.evaluations
+            if not last:
+                theta = from_costs(theta, each.mean(1).clamp(min=0), order).at(
+                    torch.linspace(0, 1, probes, dtype=torch.float64)
+                )
+    else:
+        order = costs.CORRECTOR_ORDER
+        moments = costs.data_moments(x0) if min(draws, len(x0)) >= 16 else None
+
+        def block(n: int) -> Tensor:
+            return costs.corrector_costs(seen, x0, path.time(theta), n, batch_size, cond, generator, progress, moments)
+
+        def error(each: Tensor) -> float:
+            return split_half_error(theta, each, order)
+
+        each = block(draws) if tolerance is None else costs.draws_until(block, error, tolerance, first=draws)
+        evaluations = 2 * each.numel() * denoiser.evaluations
+
+    mean, deviation = each.mean(1).clamp(min=0), each.std(1) / math.sqrt(each.shape[1])
     lengths = step_lengths(mean, order)
     # d Lambda = sum of dL L^{1/order - 1}/order
-    length_error = float(((error * lengths / mean.clamp(min=1e-300) / order) ** 2).sum().sqrt())
-    halves = [from_costs(theta, each[:, part::2].mean(1), order).sigmas(10)[:-1] for part in (0, 1)]
-    schedule = from_costs(
+    length_error = float(((deviation * lengths / mean.clamp(min=1e-300) / order) ** 2).sum().sqrt())
+    return from_costs(
         theta,
         mean,
         order,
@@ -77,22 +177,28 @@ def learn_schedule(
         pure_noise=denoiser.path.ends_in_pure_noise(),
         provenance={
             "cost": cost,
+            "solver": solver,
             "order": order,
             "coordinates": "VE",
             "learned_on": repr(denoiser.path),
             "sigma_min": path.sigma_min,
             "sigma_max": path.sigma_max,
             "probes": probes,
-            "draws": draws,
+            "draws": each.shape[1],
             "data": len(x0),
             "Lambda": float(lengths.sum()),
             "Lambda_error": length_error,
-            "split_half_error": float((halves[0] / halves[1]).log().abs().max()),
+            "split_half_error": split_half_error(theta, each, order),
             "probe_step_variation": float(lengths.std() / lengths.mean()),
-            "evaluations": 2 * each.numel() * denoiser.evaluations,
+            "evaluations": evaluations,
         },
     )
-    return schedule
+
+
+def split_half_error(theta: Tensor, each: Tensor, order: int) -> float:
+    """The largest relative difference of a 10-point grid's sigmas between two halves of the draws of each (k-1, draws)."""
+    halves = [from_costs(theta, each[:, part::2].mean(1).clamp(min=0), order).sigmas(10)[:-1] for part in (0, 1)]
+    return float((halves[0] / halves[1]).log().abs().max())
 
 
 def step_costs(

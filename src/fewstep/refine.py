@@ -146,7 +146,7 @@ def refine(
     allows. The first quarter of the noises, which nothing was fitted to, judges between start and outcomes. Spends at
     most `budget` evaluations, and raises ValueError where that is too few to move anything.
     """
-    bounds = bounds_of(denoiser, sigma_min or denoiser.path.sigma_min)
+    bounds = bounds_of(denoiser, denoiser.path.sigma_min if sigma_min is None else sigma_min)
     one_run = evaluations_of(solver, steps) * denoiser.evaluations  # of one noise
     jacobian = one_run * (steps + 1) // 2
     held = len(known.noise) // 4

@@ -146,7 +146,7 @@ class Schedule:
             raise ValueError(f'not a schedule: it lacks "format": "{FORMAT}"')
         if document.get("version") not in (1, VERSION):
             raise ValueError(f"version {document.get('version')} of the format; this fewstep reads up to {VERSION}: upgrade")
-        later = {} if document["version"] == 1 else {k: document.get(k) for k in ("to_data", "grids")}
+        later: dict[str, Any] = {} if document["version"] == 1 else {k: document.get(k) for k in ("to_data", "grids")}
         try:
             return cls(**{k: document[k] for k in ("u", "theta", "name", "pure_noise", "provenance")}, **later)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

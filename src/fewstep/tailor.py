@@ -41,9 +41,16 @@ MIDDLING = 8  # the number of steps whose refined levels make a curve
 AT_LEAST = 12  # noises that a curve competes on, and that its levels are fitted to
 
 
-def draw_noise(denoiser: Denoiser, shape: Sequence[int], count: int, generator: torch.Generator, device: str = "cpu") -> Tensor:
-    """Standard normal noise (count, *shape)."""
-    return torch.randn(count, *shape, generator=generator).to(device)
+def shape_of(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, ...]:
+    found = shape or denoiser.shape
+    if found is None:
+        raise ValueError("the model does not say its samples' shape; give it")
+    return tuple(found)
+
+
+def draw_noise(count: int, shape: Sequence[int], generator: torch.Generator | None, device: str = "cpu") -> Tensor:
+    """Standard normal noise (count, *shape); from seed 0 without a generator."""
+    return torch.randn(count, *shape, generator=generator or torch.Generator().manual_seed(0)).to(device)
 
 
 def curve_of(known: Reference, solver: str, pure_noise: bool) -> Schedule:
@@ -57,7 +64,8 @@ def curve_of(known: Reference, solver: str, pure_noise: bool) -> Schedule:
 
 def split_half_error(known: Reference, solver: str) -> float:
     """The largest relative difference of the sigmas of a 10-step grid between two halves of the noises."""
-    halves = [known._replace(bending=tuple(b[:, part::2] for b in known.bending)) for part in (0, 1)]
+    first, second = known.bending
+    halves = [known._replace(bending=(first[:, part::2], second[:, part::2])) for part in (0, 1)]
     grids = [curve_of(half, solver, False).sigmas(10)[:-1] for half in halves]
     return float((grids[0] / grids[1]).log().abs().max())
 
@@ -190,10 +198,7 @@ def tailor(
     device: str = "cpu",
 ) -> Schedule:
     """All of it, for a deterministic solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`."""
-    form = shape or denoiser.shape
-    if form is None:
-        raise ValueError("the model does not say its samples' shape; give shape=(..)")
-    noise = draw_noise(denoiser, form, noises, generator or torch.Generator().manual_seed(0), device)
+    noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
     low, high = level_range(denoiser, sigma_min, sigma_max)
     known = reference(denoiser, noise, cond, levels=LEVELS, sigma_min=low, sigma_max=high, batch_size=batch_size)
     schedule = fit_curve(denoiser, solver, known, cond=cond, budget=budget, batch_size=batch_size)
