@@ -23,7 +23,7 @@ LAYERS = [
     ["dxmi", "models"],
     ["report"],
     ["commands"],
-    ["evaluation"],
+    ["fit", "evaluation"],
     ["show"],
     ["demo"],
     ["cli"],

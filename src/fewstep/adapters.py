@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path as File
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.config import Prediction
@@ -145,13 +146,20 @@ def from_diffusers(model: Any) -> Pretrained:
             raise ValueError(f"{kind} has prediction_type {prediction_type!r}; want epsilon or v_prediction")
         path: Path = VE(settings["sigma_min"], settings["sigma_max"])
         sign = 1.0 if prediction_type == "epsilon" else -1.0
-        return Pretrained(Preconditioned(net, settings["sigma_data"], sign), path, "x0", path.ratio, shape)
+        precise = Preconditioned(net, settings["sigma_data"], sign)
+        return Pretrained(precise, path, "x0", path.ratio, shape, lambda n: torch.atan(_grid(scheduler, n).sigmas[:n].double()))
     if kind.startswith("FlowMatch") or prediction_type == "flow_prediction":
         name = type(network).__name__
         if settings.get("invert_sigmas") or name in FLIPPED:
             raise ValueError(f"{name} with {kind} runs its time or its output backwards; use from_velocity(fn, ..)")
         told = 1 if name in TOLD_T else settings["num_train_timesteps"]
-        return Pretrained(net, Linear(), "flow", lambda t: told * t, shape)
+        linear, count = Linear(), settings["num_train_timesteps"]
+
+        def levels(n: int) -> Tensor | None:
+            dynamic = settings.get("use_dynamic_shifting")  # by the picture's size, which nobody says here
+            return None if dynamic else linear.angle(_grid(scheduler, n).timesteps.double() / count)
+
+        return Pretrained(net, linear, "flow", lambda t: told * t, shape, levels)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"{kind} has no alphas_cumprod, nor is it of flow matching or EDM; describe it with fewstep.Pretrained"
@@ -164,7 +172,23 @@ def from_diffusers(model: Any) -> Pretrained:
             raise ValueError(f"{kind} has rescale_betas_zero_snr, and eps says nothing of x_0 in pure noise; want v_prediction")
         table[-1] = 0  # some schedulers put 2^-24 for it; the model is the same
     tabulated = Tabulated(table)
-    return Pretrained(net, tabulated, PREDICTION_TYPES[prediction_type], tabulated.index, shape)
+    return Pretrained(
+        net, tabulated, PREDICTION_TYPES[prediction_type], tabulated.index, shape, lambda n: _spaced(scheduler, n)
+    )
+
+
+def _grid(scheduler: Any, steps: int) -> Any:
+    """A copy of the scheduler with its own grid of this many steps set."""
+    copied = type(scheduler).from_config(scheduler.config)
+    copied.set_timesteps(steps)
+    return copied
+
+
+def _spaced(scheduler: Any, steps: int) -> Tensor | None:
+    """The angles (steps,) of the timesteps at which a scheduler of a discrete-time model asks the network, if so many."""
+    path = Tabulated(scheduler.alphas_cumprod.detach().cpu().double())
+    indices = torch.unique(_grid(scheduler, steps).timesteps.double().cpu()).flip(0)  # Heun's come in pairs
+    return None if len(indices) != steps else path.angle((indices + 1) / len(scheduler.alphas_cumprod))
 
 
 def _require_callable(fn: Any, form: str) -> None:

@@ -6,15 +6,15 @@ Nothing heavy is imported until a command runs, so that --help answers at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path as File
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fewstep.config import Count, FinetuneConfig, LearnConfig, Machine, Source, TrainConfig
+from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Solver, Source, TrainConfig
 
-Solver = Literal["euler", "ddim", "heun", "dpmpp_2m", "unipc", "deis", "ipndm", "ancestral", "dpmpp_2m_sde"]
 Flat = Parameter(name="*")
 
 Model = Annotated[str, Parameter(help="A folder of `fewstep train`, a diffusers folder or hub id, or file.py:function.")]
@@ -69,22 +69,43 @@ def train(
 def schedule(
     *,
     model: Model,
-    source: Annotated[Source, Flat],
-    out: Out,
+    out: Out | None = None,
+    source: Annotated[Source | None, Flat] = None,
+    check: Annotated[
+        str | None, Parameter(help="Fit nothing: does this schedule file, or its folder, still suit the model? Exit 3: refit.")
+    ] = None,
+    condition: Annotated[Condition, Flat] = Condition(),
+    shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where neither the model nor data say it.")] = None,
     machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[LearnConfig, Flat] = LearnConfig(),
 ) -> None:
-    """Learn where a model's steps go: one small file for every number of steps, from score evaluations alone."""
-    device = _on(machine)
-    from fewstep import commands
-    from fewstep.show import show as show_folder
+    """Learn where a model's steps go: one small file for every number of steps, with a verdict on unseen noises.
 
-    folder, learned = commands.schedule(model, source, out, config, device, track)
+    By default for a solver, by how far it ends from where it should: no data, no back-propagation. Data are for the
+    published costs, and taken from the model itself where none are given. The verdict compares with every free schedule
+    and with the model's own levels; where the learned one does not win, the file keeps the best free one.
+    """
+    device = _on(machine)
+    from fewstep import fit
+    from fewstep.show import show as show_folder
+    from fewstep.verdict import sentences
+
+    form = tuple(shape) if shape else None
+    if check is not None:
+        verdict, lines = fit.check(check, model, config, condition, form, device, meter)
+        print("\n".join(lines))
+        sys.exit(3 if verdict["refit"] else 0)
+    if out is None:
+        raise ValueError("give --out, the folder for the schedule, or --check, a schedule to hold against the model")
+    folder, learned = fit.fit(model, source, out, config, condition, form, device, track, meter)
     show_folder(folder)
     about = learned.provenance
+    print("\n".join(sentences(about["verdict"])))
     print(
-        f"{folder / commands.SCHEDULE}: length {about['Lambda']:.4g} ± {about['Lambda_error']:.2g}, split-half error of "
-        f"the levels {about['split_half_error']:.1%}, {about['evaluations']:,} evaluations of the network"
+        f"{folder / fit.SCHEDULE}: split-half error of the curve {about['split_half_error']:.1%}; evaluations of the network: "
+        f"curve {about['evaluations']:,}"
+        + "".join(f", {n} steps {each['evaluations']:,}" for n, each in about.get("refined", {}).items())
+        + f", verdict {about['verdict']['evaluations']:,}"
     )
 
 
@@ -199,6 +220,25 @@ def track(iterable: Iterable, total: int, title: str) -> Iterator:
         for item in iterable:
             yield item
             progress.advance(task)
+
+
+@contextmanager
+def meter(total: int, title: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar over evaluations of the network, of which there may be fewer."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TextColumn("{task.completed:,}/{task.total:,} evaluations"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda evaluations: progress.advance(task, evaluations)
+        progress.update(task, total=progress.tasks[task].completed)
 
 
 def _print_table(table: list[list[str]]) -> None:

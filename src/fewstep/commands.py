@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__, models, report
-from fewstep.config import FinetuneConfig, LearnConfig, Source, TrainConfig
+from fewstep.config import FinetuneConfig, Source, TrainConfig
 from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
 from fewstep.dxmi import finetune as finetune_loop
 from fewstep.dxmi import make_state
-from fewstep.learn import learn_schedule
 from fewstep.run import (
     fingerprint,
     open_run,
@@ -33,6 +32,7 @@ from fewstep.run import (
 from fewstep.sampler import Sampler
 from fewstep.schedule import NAMED, Schedule
 from fewstep.solvers import solve
+from fewstep.tailor import shape_of
 from fewstep.training import TrainState
 from fewstep.training import train as train_loop
 
@@ -76,36 +76,6 @@ def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", t
         dataclasses.replace(state.schedule, provenance=about | state.schedule.provenance).save(folder / SCHEDULE)
     models.save_weights(state.averaged.module, folder / models.MODEL)
     return folder
-
-
-def schedule(
-    model: str, source: Source, out: File, config: LearnConfig, device: str = "cpu", track: Track = silent
-) -> tuple[File, Schedule]:
-    """Learn the model's schedule into out/schedule.json, with the curve as a picture."""
-    denoiser, data = models.load_denoiser(model, device), load(source)
-    require_shape(denoiser, data.shape)
-    settings = model_settings(model, denoiser, out) | data_settings(source, data) | dataclasses.asdict(config)
-    folder = require_free(out, "schedule", settings)
-    if (folder / SCHEDULE).exists():
-        return folder, Schedule.load(folder / SCHEDULE)
-    learned = learn_schedule(
-        denoiser,
-        data.train.to(device),
-        config.cost,
-        probes=config.probes,
-        draws=config.draws,
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        batch_size=config.batch_size,
-        generator=torch.Generator().manual_seed(config.seed),
-        progress=lambda batches: track(batches, len(batches), "probing costs"),
-    )
-    about = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
-    learned = dataclasses.replace(learned, provenance=about | {"data": source.data} | learned.provenance)
-    open_run(folder, "schedule", settings)
-    report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, (4, 9))
-    learned.save(folder / SCHEDULE)
-    return folder, learned
 
 
 def finetune(
@@ -156,13 +126,6 @@ def require_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
     if denoiser.shape is not None and denoiser.shape != shape:
         hint = f" (--size {denoiser.shape[-1]} resizes images)" if len(denoiser.shape) == len(shape) == 3 else ""
         raise ValueError(f"the model takes samples of shape {denoiser.shape}, the data has {shape}{hint}")
-
-
-def shape_of(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, ...]:
-    found = shape or denoiser.shape
-    if found is None:
-        raise ValueError("the model does not say its samples' shape; give it, as in --shape 3 --shape 32 --shape 32")
-    return tuple(found)
 
 
 @torch.no_grad()

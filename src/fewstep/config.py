@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 Prediction = Literal["x0", "eps", "v", "flow", "score"]
 NetworkKind = Literal["auto", "mlp", "unet", "dit"]
+Solver = Literal["euler", "ddim", "heun", "dpmpp_2m", "unipc", "ipndm", "deis", "ancestral", "dpmpp_2m_sde"]
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -78,14 +79,27 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LearnConfig:
-    """How a schedule is learned; 2 (probes - 1) draws evaluations of the network."""
+    """How a schedule is learned: for a solver by its endpoint's error, or by the published costs."""
 
-    cost: Literal["corrector"] = "corrector"
-    """What a step costs: the corrector-optimised cost of Williams et al. 2024."""
+    solver: Solver = "dpmpp_2m"
+    """The solver that the schedule is for."""
+    steps: tuple[Count, ...] = ()
+    """Numbers of steps that get refined levels of their own, which pays below about ten; may be repeated."""
+    cost: Literal["endpoint", "corrector", "predictor"] | None = None
+    """endpoint: the solver's own error, no data needed; default. corrector: Williams et al. 2024, blind to the solver, default
+    for stochastic ones. predictor: the same paper's, for euler and heun; differentiates the network."""
+    noises: Annotated[int, Field(ge=64)] = 128
+    """Noises whose endpoints are compared."""
+    budget: Count = 15_000
+    """Evaluations of the network for the curve, and again for each of the refined numbers of steps."""
+    verdict_noises: Annotated[int, Field(ge=8)] = 64
+    """Fresh noises for the verdict."""
     probes: Annotated[int, Field(ge=3)] = 100
-    """Levels at which the cost is probed."""
+    """Published costs: levels at which the cost is probed."""
     draws: Annotated[int, Field(ge=4)] = 64
-    """Independent draws of data and noise per step between probes."""
+    """Published costs: independent draws of data and noise per step between probes; 2 (probes - 1) draws evaluations."""
+    tolerance: Positive | None = None
+    """Corrector cost: double the draws until two halves of them agree on the levels to this share."""
     sigma_min: Positive | None = None
     """Cleanest level, as sigma/alpha; the model's own if not given."""
     sigma_max: Positive | None = None
@@ -94,6 +108,16 @@ class LearnConfig:
     """Samples per call of the network."""
     seed: int = 0
     """Seed of the draws."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Condition:
+    """What a conditional model is told."""
+
+    cond: str | None = None
+    """A .safetensors file of the network's further arguments, one row per condition; they are dealt out in turn."""
+    guidance: Positive | None = None
+    """Scale of classifier-free guidance; the file then holds each argument's "unconditional.<name>" as well."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,6 +15,7 @@ import torch
 
 from fewstep import commands, evaluation, models, report
 from fewstep.config import FinetuneConfig, LearnConfig, Source, TrainConfig
+from fewstep.fit import fit
 from fewstep.metrics import auroc
 from fewstep.run import open_run, write_json
 
@@ -32,7 +33,8 @@ def run_demo(out: File, seed: int, quick: bool, track: commands.Track = commands
     model, fitted, tuned = out / "model", out / "schedule", out / "sampler"
 
     commands.train(SOURCE, model, train_config, track=track)
-    _, learned = commands.schedule(str(model), SOURCE, fitted, LearnConfig(seed=seed, draws=8 if quick else 64), track=track)
+    settings = LearnConfig(solver="euler", cost="corrector", seed=seed, draws=8 if quick else 64)
+    _, learned = fit(str(model), SOURCE, fitted, settings, track=track)
     commands.finetune(str(model), SOURCE, tuned, STEPS, finetune_config, str(fitted), track=track)
     _, rows, floor = evaluation.evaluate(
         str(model),

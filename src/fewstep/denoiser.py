@@ -68,6 +68,7 @@ class Denoiser(nn.Module, ABC):
     path: Path
     shape: tuple[int, ...] | None = None
     evaluations: int = 1
+    default_levels: Callable[[int], Tensor | None] | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
@@ -79,7 +80,8 @@ class Pretrained(Denoiser):
 
     net: called as net(x, clock(t), **cond), with the clock of shape (b,) in x's precision, returns x's shape.
     clock: from t to the number the network was trained with; default t itself. `path.ratio` for EDM, `path.index` for
-    a discrete-time model (a fractional index, never rounded).
+    a discrete-time model (a fractional index, never rounded). default_levels: from a number of steps to the angles
+    (steps,) that the model is sampled at today, or None where it has no such grid; for a verdict.
     """
 
     def __init__(
@@ -89,12 +91,13 @@ class Pretrained(Denoiser):
         predicts: Prediction,
         clock: Callable[[Tensor], Tensor] | None = None,
         shape: tuple[int, ...] | None = None,
+        default_levels: Callable[[int], Tensor | None] | None = None,
     ):
         super().__init__()
         if predicts not in get_args(Prediction):
             raise ValueError(f"predicts must be one of {', '.join(get_args(Prediction))}, got {predicts!r}")
         self.net, self.path, self.predicts, self.clock = net, path, predicts, clock
-        self.shape = shape
+        self.shape, self.default_levels = shape, default_levels
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         t = as_time(t)
@@ -116,6 +119,7 @@ class Guided(Denoiser):
         super().__init__()
         self.denoiser, self.scale, self.unconditional = denoiser, float(scale), dict(unconditional)
         self.path, self.shape, self.evaluations = denoiser.path, denoiser.shape, 2 * denoiser.evaluations
+        self.default_levels = denoiser.default_levels
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         if cond is None or set(cond) != set(self.unconditional):
@@ -143,6 +147,7 @@ class OnPath(Denoiser):
         super().__init__()
         self.denoiser, self.path = denoiser, path
         self.shape, self.evaluations = denoiser.shape, denoiser.evaluations
+        self.default_levels = denoiser.default_levels
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         theirs = self.denoiser.path

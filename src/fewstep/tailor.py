@@ -44,7 +44,7 @@ AT_LEAST = 12  # noises that a curve competes on, and that its levels are fitted
 def shape_of(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, ...]:
     found = shape or denoiser.shape
     if found is None:
-        raise ValueError("the model does not say its samples' shape; give it")
+        raise ValueError("the model does not say its samples' shape; give it, as in --shape 3 --shape 32 --shape 32")
     return tuple(found)
 
 

@@ -32,7 +32,7 @@ def judge(
     steps: Sequence[int],
     known: Reference,
     *,
-    default: Callable[[int], Tensor] | None = None,
+    default: Callable[[int], Tensor | None] | None = None,
     cond: Mapping[str, Tensor] | None = None,
     batch_size: int = 512,
     generator: torch.Generator | None = None,
@@ -58,14 +58,14 @@ def judge(
     spent = known.evaluations
     for n in steps:
         grids = {"learned": schedule.angles(n)[:-1]} | {name: s.angles(n)[:-1] for name, s in free.items()}
-        if default is not None:
-            grids["default"] = default(n)
+        if default is not None and (own := default(n)) is not None:
+            grids["default"] = own
         squares, evaluations = measure(denoiser, solver, grids, known, deal(cond, rows), batch_size, generator, tick)
         spent += evaluations
         errors = {name: math.sqrt(float(each.mean())) for name, each in squares.items()}
         best = min(free, key=lambda name: errors[name])
         row = {"errors": errors, "best_free": best, "against_best_free": ratio(squares["learned"], squares[best])}
-        if default is not None:
+        if "default" in grids:
             row["against_default"] = ratio(squares["learned"], squares["default"])
         result["steps"][str(n)] = row
     return result | {"evaluations": spent}
@@ -123,8 +123,8 @@ def sentences(verdict: dict[str, Any]) -> list[str]:
     lines = []
     for n, row in verdict["steps"].items():
         versus = row["against_best_free"]
-        best = f"{_interval(versus)} of the best free schedule's ({row['best_free']})"
-        said = f", {_interval(row['against_default'])} of the model's default's" if "against_default" in row else ""
+        best = f"{interval(versus)} of the best free schedule's ({row['best_free']})"
+        said = f", {interval(row['against_default'])} of the model's default's" if "against_default" in row else ""
         kept = verdict.get("kept", {}).get(n, "learned")
         end = "" if kept == "learned" else f"; it does not win, so the file keeps {kept}"
         lines.append(
@@ -133,5 +133,6 @@ def sentences(verdict: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _interval(found: dict[str, float]) -> str:
+def interval(found: dict[str, float]) -> str:
+    """A ratio and its interval, for people."""
     return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"

@@ -1,0 +1,226 @@
+"""`fewstep schedule`, from a model to a schedule file with a verdict, in stages that survive a kill.
+
+    reference.safetensors   where the ODE takes the noises, while the fit lasts
+    draft.json              the schedule so far: its curve, then one refined grid after the other
+    schedule.json           the result, with the verdict and what it cost, and curve.png
+
+`check` holds a schedule against another checkpoint: a LoRA, a fine-tune, a quantised copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep import __version__, models, report
+from fewstep.commands import SCHEDULE, Track, baselines, data_settings, load, model_settings, require_shape, shape_of, silent
+from fewstep.config import Condition, LearnConfig, Source
+from fewstep.denoiser import Denoiser, Guided
+from fewstep.endpoint import Reference, ignore, level_range, reference
+from fewstep.learn import learn_schedule
+from fewstep.run import fingerprint, open_run
+from fewstep.schedule import Schedule
+from fewstep.solvers import STOCHASTIC, evaluations_of
+from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps
+from fewstep.verdict import guard, interval, judge
+
+Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
+REFERENCE, DRAFT = "reference.safetensors", "draft.json"
+FINE = 96  # levels of the verdict's reference
+JUDGED = (6, 10)  # where no numbers of steps were asked for
+DRIFT = 1.25  # an error that has grown by this factor asks for a new fit
+
+
+@contextmanager
+def unmetered(total: int, title: str) -> Iterator[Callable[[int], object]]:
+    yield ignore
+
+
+def load_condition(condition: Condition, denoiser: Denoiser) -> tuple[Denoiser, dict[str, Tensor] | None]:
+    """The denoiser, guided where a scale is given, and the conditions of the file."""
+    if condition.cond is None:
+        if condition.guidance is not None:
+            raise ValueError("guidance needs --cond, a .safetensors file of the conditions and of what stands for none")
+        return denoiser, None
+    try:
+        found = load_file(condition.cond)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{condition.cond} is not a .safetensors file of conditions ({error})") from error
+    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+    mark = "unconditional."
+    none = {k.removeprefix(mark): v[:1].to(device) for k, v in found.items() if k.startswith(mark)}
+    cond = {k: v.to(device) for k, v in found.items() if not k.startswith(mark)}
+    rows = {k: len(v) for k, v in cond.items()}
+    if len({*rows.values()}) != 1:
+        raise ValueError(f"{condition.cond} must hold the same number of rows for each argument, got {rows}")
+    if condition.guidance is None:
+        return denoiser, cond
+    if set(none) != set(cond):
+        want = ", ".join(mark + k for k in cond)
+        raise ValueError(f"guidance needs {want} in {condition.cond}, got {', '.join(mark + k for k in none) or 'none'}")
+    return Guided(denoiser, condition.guidance, none), cond
+
+
+def fit(
+    model: str,
+    source: Source | None,
+    out: File,
+    config: LearnConfig,
+    condition: Condition = Condition(),
+    shape: tuple[int, ...] | None = None,
+    device: str = "cpu",
+    track: Track = silent,
+    meter: Meter = unmetered,
+) -> tuple[File, Schedule]:
+    """Learn the model's schedule into out/schedule.json, guarded and with its verdict; a killed run goes on with its stage."""
+    cost = config.cost or ("corrector" if config.solver in STOCHASTIC else "endpoint")
+    if config.steps and cost != "endpoint":
+        raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave --steps out")
+    denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
+    settings = model_settings(model, denoiser, out) | dataclasses.asdict(config) | dataclasses.asdict(condition)
+    x0 = None
+    if source is not None:
+        data = load(source)
+        require_shape(denoiser, data.shape)
+        settings, x0, shape = settings | data_settings(source, data), data.train.to(device), data.shape
+    form = shape_of(denoiser, shape)
+    if cond is not None:
+        settings["cond_fingerprint"] = fingerprint(cond.values())
+        if x0 is not None and cost != "endpoint" and len(next(iter(cond.values()))) != len(x0):
+            raise ValueError(
+                f"the conditions have {len(next(iter(cond.values())))} rows for {len(x0)} data; give one each, or no data"
+            )
+    low, high = level_range(denoiser, config.sigma_min, config.sigma_max)
+    folder = open_run(out, "schedule", settings | {"shape": list(form)})
+    if (folder / SCHEDULE).exists():
+        return folder, Schedule.load(folder / SCHEDULE)
+
+    about: dict[str, Any] = {"cond": cond, "batch_size": config.batch_size}
+    if cost == "endpoint":
+        learned = _tailored(folder, denoiser, form, config, (low, high), about, device, meter)
+    else:
+        learned = learn_schedule(
+            denoiser,
+            x0,
+            cost,
+            solver=config.solver,
+            probes=config.probes,
+            draws=config.draws,
+            tolerance=config.tolerance,
+            sigma_min=low,
+            sigma_max=high,
+            generator=torch.Generator().manual_seed(config.seed),
+            shape=form,
+            device=device,
+            progress=lambda batches: track(batches, len(batches), "probing costs"),
+            **about,
+        )
+    learned = pass_judgement(denoiser, learned, config, form, about, device, meter)
+    said = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
+    said |= {"data": source.data if source else None, "guidance": condition.guidance, "conditions": condition.cond}
+    learned = dataclasses.replace(learned, provenance=said | learned.provenance)
+    report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, (4, 9))
+    learned.save(folder / SCHEDULE)
+    for file in (REFERENCE, DRAFT):
+        (folder / file).unlink(missing_ok=True)
+    return folder, learned
+
+
+def _tailored(
+    folder: File,
+    denoiser: Denoiser,
+    form: tuple[int, ...],
+    config: LearnConfig,
+    ends: tuple[float, float],
+    about: Mapping[str, Any],
+    device: str,
+    meter: Meter,
+) -> Schedule:
+    noise = draw_noise(config.noises, form, torch.Generator().manual_seed(config.seed), device)
+    if (folder / REFERENCE).exists():
+        found = load_file(folder / REFERENCE, device)
+        bending = found["slope"].cpu(), found["curvature"].cpu()
+        known = Reference(noise, found["ends"], found["theta"].cpu(), bending, int(found["evaluations"]))
+    else:
+        with meter(config.noises * LEVELS * denoiser.evaluations, "reference") as tick:
+            known = reference(denoiser, noise, levels=LEVELS, sigma_min=ends[0], sigma_max=ends[1], tick=tick, **about)
+        saved = {"ends": known.ends, "theta": known.theta, "slope": known.bending[0], "curvature": known.bending[1]}
+        saved["evaluations"] = torch.tensor(known.evaluations)
+        save_file(saved, folder / f"{REFERENCE}.part")
+        (folder / f"{REFERENCE}.part").replace(folder / REFERENCE)
+    if (folder / DRAFT).exists():
+        schedule = Schedule.load(folder / DRAFT)
+    else:
+        with meter(config.budget - known.evaluations, "curve") as tick:
+            schedule = fit_curve(denoiser, config.solver, known, budget=config.budget, tick=tick, **about)
+        schedule.save(folder / DRAFT)
+    for n in config.steps:
+        if n not in schedule.grids:
+            with meter(config.budget, f"refining {n} steps") as tick:
+                schedule = refine_steps(denoiser, schedule, n, known, budget=config.budget, tick=tick, **about)
+            schedule.save(folder / DRAFT)
+    return schedule
+
+
+def pass_judgement(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    config: LearnConfig,
+    form: tuple[int, ...],
+    about: Mapping[str, Any],
+    device: str,
+    meter: Meter,
+) -> Schedule:
+    """The schedule with its verdict, on noises that the fit has not seen, and guarded by it."""
+    verdict = _judged(denoiser, schedule, config.solver, config.steps or JUDGED, config, form, about, device, meter)
+    return guard(schedule, verdict)
+
+
+def _judged(denoiser, schedule, solver, steps, config, form, about, device, meter) -> dict[str, Any]:
+    noise = draw_noise(config.verdict_noises, form, torch.Generator().manual_seed(config.seed + 1_000_003), device)
+    low, high = (float(schedule.provenance[k]) for k in ("sigma_min", "sigma_max"))
+    runs = (5 if solver in STOCHASTIC else 1) * 12 * sum(evaluations_of(solver, n) for n in steps)
+    with meter(config.verdict_noises * (FINE + runs) * denoiser.evaluations, "verdict") as tick:
+        known = reference(denoiser, noise, levels=FINE, sigma_min=low, sigma_max=high, tick=tick, **about)
+        return judge(denoiser, solver, schedule, steps, known, default=denoiser.default_levels, tick=tick, **about)
+
+
+def check(
+    file: str | File,
+    model: str,
+    config: LearnConfig,
+    condition: Condition = Condition(),
+    shape: tuple[int, ...] | None = None,
+    device: str = "cpu",
+    meter: Meter = unmetered,
+) -> tuple[dict[str, Any], list[str]]:
+    """Hold a schedule file against another checkpoint: its verdict there, and what follows from it, in words."""
+    file = File(file) / SCHEDULE if File(file).is_dir() else File(file)
+    schedule = Schedule.load(file)
+    before = schedule.provenance.get("verdict")
+    if before is None:
+        raise ValueError(f"{file} has no verdict to compare with; make it with `fewstep schedule`")
+    denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
+    steps = [int(n) for n in before["steps"]]
+    about: dict[str, Any] = {"cond": cond, "batch_size": config.batch_size}
+    form = shape_of(denoiser, shape)
+    now = _judged(denoiser, schedule, before["solver"], steps, config, form, about, device, meter)
+    lines, refit = [], False
+    for n, row in now["steps"].items():
+        kept = before["kept"][n]
+        was, error = before["steps"][n]["errors"][kept], row["errors"]["learned"]
+        refit |= error > DRIFT * was or row["against_best_free"]["low"] > 1
+        lines.append(
+            f"{n} steps of {now['solver']}: {now['measure']} {error:.4g}, it was {was:.4g} ({error / was:.2f} times); "
+            f"{interval(row['against_best_free'])} of the best free schedule's ({row['best_free']})"
+        )
+    says = "refit: the schedule no longer suits this model" if refit else "keep: the schedule still suits this model"
+    return now | {"refit": refit}, [*lines, f"{says}; {now['evaluations']:,} evaluations"]
