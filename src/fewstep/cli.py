@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path as File
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Solver, Source, TrainConfig
 
 Flat = Parameter(name="*")
+Target = Literal["diffusers", "k-diffusion", "comfyui", "comfyui-node", "a1111", "json"]
 
 Model = Annotated[str, Parameter(help="A folder of `fewstep train`, a diffusers folder or hub id, or file.py:function.")]
 Out = Annotated[File, Parameter(help="The run folder to make, or to continue.")]
@@ -194,6 +195,39 @@ def evaluate(
 
 
 @app.command(sort_key=6)
+def export(
+    *,
+    schedule: Annotated[str, Parameter(help="A schedule file, or a folder of `fewstep schedule`.")],
+    to: Annotated[
+        Target, Parameter(help="Which runtime reads it; comfyui-node is a custom node that serves every number of steps.")
+    ],
+    steps: Annotated[Count, Parameter(help="Steps of the grid.")] = 10,
+    scheduler: Annotated[
+        str | None, Parameter(help="diffusers: the pipeline's folder or hub id, since each scheduler has its own form.")
+    ] = None,
+    mu: Annotated[float | None, Parameter(help="diffusers: the shift, for a scheduler with use_dynamic_shifting.")] = None,
+    flow: Annotated[bool, Parameter(help="comfyui: for a flow model, whose sigmas lie in [0, 1].")] = False,
+    strength: Annotated[float | None, Parameter(help="Image to image: keep this last share of the curve, in (0, 1].")] = None,
+    out: Annotated[File | None, Parameter(help="Write it here instead of printing it.")] = None,
+) -> None:
+    """Hand a schedule to diffusers, k-diffusion, ComfyUI or A1111, so that exactly its levels are visited."""
+    from fewstep import export as exporting
+    from fewstep.commands import read_schedule
+
+    found = read_schedule(schedule)
+    if strength is not None:
+        found = exporting.sub_range(found, strength=strength)
+    text = exporting.export(found, to, steps, scheduler=scheduler, mu=mu, flow=flow)
+    if out is None:
+        print(text)
+    else:
+        if out.exists():
+            raise ValueError(f"{out} exists; give another --out, or remove it")
+        out.write_text(text + "\n")
+        print(out)
+
+
+@app.command(sort_key=7)
 def show(folder: Annotated[File, Parameter(help="A run folder.")]) -> None:
     """Print what a run folder holds, and make its page report.html."""
     from fewstep.show import show as show_folder

@@ -108,7 +108,7 @@ def finetune(
 
 def baselines(like: Schedule) -> dict[str, Schedule]:
     """The free schedules over the same range of levels."""
-    ends = float(torch.tan(like.theta[-1])), float(torch.tan(like.theta[0]))
+    ends = [like.provenance.get(k, float(torch.tan(like.theta[i]))) for k, i in (("sigma_min", -1), ("sigma_max", 0))]
     return {"karras": NAMED["karras"](*ends), "log-linear": NAMED["log_linear"](*ends)}
 
 
@@ -116,6 +116,11 @@ def find_schedule(name: str, denoiser: Denoiser) -> Schedule:
     """A named schedule over the model's range of levels, a schedule file, or a folder that holds schedule.json."""
     if name.replace("-", "_") in NAMED:
         return NAMED[name.replace("-", "_")](denoiser.path.sigma_min, denoiser.path.sigma_max)
+    return read_schedule(name)
+
+
+def read_schedule(name: str) -> Schedule:
+    """A schedule file, or the one in a folder."""
     file = File(name) / SCHEDULE if File(name).is_dir() else File(name)
     if not file.is_file():
         raise ValueError(f"no schedule {name!r}: give a file, a folder with {SCHEDULE}, or one of {', '.join(NAMED)}")

@@ -21,7 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep import __version__, models, report
-from fewstep.commands import SCHEDULE, Track, baselines, data_settings, load, model_settings, require_shape, shape_of, silent
+from fewstep.commands import (
+    SCHEDULE,
+    Track,
+    baselines,
+    data_settings,
+    load,
+    model_settings,
+    read_schedule,
+    require_shape,
+    shape_of,
+    silent,
+)
 from fewstep.config import Condition, LearnConfig, Source
 from fewstep.denoiser import Denoiser, Guided
 from fewstep.endpoint import Reference, ignore, level_range, reference
@@ -81,6 +92,7 @@ def fit(
     meter: Meter = unmetered,
 ) -> tuple[File, Schedule]:
     """Learn the model's schedule into out/schedule.json, guarded and with its verdict; a killed run goes on with its stage."""
+    config = dataclasses.replace(config, steps=tuple(sorted(set(config.steps))))
     cost = config.cost or ("corrector" if config.solver in STOCHASTIC else "endpoint")
     if config.steps and cost != "endpoint":
         raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave --steps out")
@@ -127,7 +139,8 @@ def fit(
     said = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
     said |= {"data": source.data if source else None, "guidance": condition.guidance, "conditions": condition.cond}
     learned = dataclasses.replace(learned, provenance=said | learned.provenance)
-    report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, (4, 9))
+    report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, sorted(learned.grids)[:4] or (4, 9))
+    report.verdict_figure(folder / "verdict.png", learned.provenance["verdict"])
     learned.save(folder / SCHEDULE)
     for file in (REFERENCE, DRAFT):
         (folder / file).unlink(missing_ok=True)
@@ -203,8 +216,7 @@ def check(
     meter: Meter = unmetered,
 ) -> tuple[dict[str, Any], list[str]]:
     """Hold a schedule file against another checkpoint: its verdict there, and what follows from it, in words."""
-    file = File(file) / SCHEDULE if File(file).is_dir() else File(file)
-    schedule = Schedule.load(file)
+    schedule = read_schedule(str(file))
     before = schedule.provenance.get("verdict")
     if before is None:
         raise ValueError(f"{file} has no verdict to compare with; make it with `fewstep schedule`")

@@ -64,10 +64,30 @@ def curve_figure(file: File, schedules: dict[str, Schedule], steps: Sequence[int
         axis.semilogy(u, torch.tan(schedule.at(u)), label=name, color=COLOURS.get(name))
     name, schedule = list(schedules.items())[-1]
     for n, marker, size in zip(steps, "os^v", (8, 4, 4, 4), strict=False):
-        levels = torch.tan(schedule.at(torch.linspace(0, 1, n, dtype=torch.float64)))
+        levels = torch.tan(schedule.angles(n)[:-1].clamp(max=schedule.theta[0]))  # pure noise is beyond every picture
         style = {"color": COLOURS.get(name), "ms": size, "mfc": "none" if size == 8 else None}
-        axis.semilogy(torch.linspace(0, 1, n), levels, marker, label=f"its {n} levels", **style)
+        at, how = torch.linspace(0, 1, n + schedule.to_data)[:n], "refined" if n in schedule.grids else "its"
+        axis.semilogy(at, levels, marker, label=f"{how} {n} levels", **style)
     axis.set(xlabel="share of the steps u (0 = noise, 1 = cleanest level before data)", ylabel="noise level sigma/alpha")
+    axis.legend(frameon=False, fontsize=8)
+    _save(figure, file)
+
+
+def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
+    """A verdict's errors against the number of steps: the learned schedule, the model's default, every free one."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    rows = {int(n): row["errors"] for n, row in verdict["steps"].items()}
+    for name in next(iter(rows.values())):
+        colour = {"learned": "C2", "default": "C0"}.get(name, "0.7")
+        marker = {"to data": "v"}.get(name[-7:], "o")
+        axis.loglog(list(rows), [errors[name] for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1)
+        if name in ("learned", "default"):
+            axis.plot([], [], marker + "-", color=colour, ms=4, lw=1, label=name)
+    axis.plot([], [], "o-", color="0.7", ms=4, lw=1, label="free, down to sigma_min and then data")
+    axis.plot([], [], "v-", color="0.7", ms=4, lw=1, label="free, to data")
+    axis.set_xticks(list(rows), [f"{n}" for n in rows])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set(xlabel=f"steps of {verdict['solver']}", ylabel=f"{verdict['measure']}, {verdict['noises']} unseen noises")
     axis.legend(frameon=False, fontsize=8)
     _save(figure, file)
 

@@ -10,6 +10,7 @@ from fewstep.commands import SCHEDULE
 from fewstep.evaluation import ROWS, table_of
 from fewstep.run import read_config, read_lines
 from fewstep.schedule import Schedule
+from fewstep.verdict import sentences
 
 
 def show(folder: File) -> tuple[list[list[str]], File]:
@@ -30,6 +31,8 @@ def show(folder: File) -> tuple[list[list[str]], File]:
         sections.append(report.section(run["command"].capitalize(), "", folder / name))
     if (folder / SCHEDULE).exists():
         about = Schedule.load(folder / SCHEDULE).provenance
+        if (folder / "verdict.png").exists():
+            sections.append(report.section("Verdict", " ".join(sentences(about["verdict"])), folder / "verdict.png"))
         sections.append(report.section("Provenance", "", None, [["what", "value"], *([k, f"{v}"] for k, v in about.items())]))
     if rows := read_lines(folder / ROWS):
         sections.append(report.section("Table", "Mean ± standard deviation over seeds.", None, table_of(rows)))
