@@ -156,8 +156,10 @@ def from_diffusers(model: Any) -> Pretrained:
         linear, count = Linear(), settings["num_train_timesteps"]
 
         def levels(n: int) -> Tensor | None:
-            dynamic = settings.get("use_dynamic_shifting")  # by the picture's size, which nobody says here
-            return None if dynamic else linear.angle(_grid(scheduler, n).timesteps.double() / count)
+            if settings.get("use_dynamic_shifting"):  # by the picture's size, which nobody says here
+                return None
+            found = torch.unique(_grid(scheduler, n).timesteps.double()).flip(0)  # Heun's come in pairs
+            return None if len(found) != n else linear.angle(found / count)
 
         return Pretrained(net, linear, "flow", lambda t: told * t, shape, levels)
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -173,7 +175,7 @@ def from_diffusers(model: Any) -> Pretrained:
         table[-1] = 0  # some schedulers put 2^-24 for it; the model is the same
     tabulated = Tabulated(table)
     return Pretrained(
-        net, tabulated, PREDICTION_TYPES[prediction_type], tabulated.index, shape, lambda n: _spaced(scheduler, n)
+        net, tabulated, PREDICTION_TYPES[prediction_type], tabulated.index, shape, lambda n: _spaced(scheduler, tabulated, n)
     )
 
 
@@ -184,9 +186,8 @@ def _grid(scheduler: Any, steps: int) -> Any:
     return copied
 
 
-def _spaced(scheduler: Any, steps: int) -> Tensor | None:
+def _spaced(scheduler: Any, path: Tabulated, steps: int) -> Tensor | None:
     """The angles (steps,) of the timesteps at which a scheduler of a discrete-time model asks the network, if so many."""
-    path = Tabulated(scheduler.alphas_cumprod.detach().cpu().double())
     indices = torch.unique(_grid(scheduler, steps).timesteps.double().cpu()).flip(0)  # Heun's come in pairs
     return None if len(indices) != steps else path.angle((indices + 1) / len(scheduler.alphas_cumprod))
 
