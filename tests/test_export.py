@@ -16,7 +16,6 @@ import torch
 from fewstep.adapters import from_diffusers
 from fewstep.export import (
     FILE,
-    INSTEAD,
     ROWS,
     apply,
     attach,
@@ -31,6 +30,7 @@ from fewstep.export import (
     to_k_diffusion,
     using,
 )
+from fewstep.export.schedulers import INSTEAD
 from fewstep.path import Linear, Tabulated
 from fewstep.schedule import Schedule, cosine, from_costs, karras, kl_optimal, linear, log_linear
 from fewstep.solvers import solve

@@ -22,7 +22,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     exec(solving, names)
     assert (tmp_path / "schedule.json").exists()
-    assert names["evaluations"] == 8
+    assert names["evaluations"] == 5
     assert names["samples"][:, 0].abs().mean() == pytest.approx(2.0, abs=0.2)  # the two modes
     exec(tuning, names)
     assert names["samples"].shape == (100, 2)

@@ -17,6 +17,7 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,14 +64,14 @@ def load_condition(condition: Condition, denoiser: Denoiser) -> tuple[Denoiser, 
         return denoiser, None
     try:
         found = load_file(condition.cond)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{condition.cond} is not a .safetensors file of conditions ({error})") from error
     device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     mark = "unconditional."
     none = {k.removeprefix(mark): v[:1].to(device) for k, v in found.items() if k.startswith(mark)}
     cond = {k: v.to(device) for k, v in found.items() if not k.startswith(mark)}
-    rows = {k: len(v) for k, v in cond.items()}
-    if len({*rows.values()}) != 1:
+    rows = {k: len(v) if v.ndim else 0 for k, v in cond.items()}
+    if len({*rows.values()}) != 1 or 0 in rows.values():
         raise ValueError(f"{condition.cond} must hold the same number of rows for each argument, got {rows}")
     if condition.guidance is None:
         return denoiser, cond
@@ -105,7 +106,7 @@ def fit(
         settings, x0, shape = settings | data_settings(source, data), data.train.to(device), data.shape
     form = shape_of(denoiser, shape)
     if cond is not None:
-        settings["cond_fingerprint"] = fingerprint(cond.values())
+        settings["cond_fingerprint"] = fingerprint([*cond.values(), *getattr(denoiser, "unconditional", {}).values()])
         if x0 is not None and cost != "endpoint" and len(next(iter(cond.values()))) != len(x0):
             raise ValueError(
                 f"the conditions have {len(next(iter(cond.values())))} rows for {len(x0)} data; give one each, or no data"
