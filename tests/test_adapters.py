@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fewstep.adapters import FLIPPED, TOLD_T, from_diffusers, from_sigma, from_velocity
-from fewstep.denoiser import Guided, to_velocity
+from fewstep.denoiser import Guided, OnPath, to_velocity
 from fewstep.mixture import ring
 from fewstep.path import VE, Linear
 from fewstep.solvers import solve
@@ -352,6 +352,89 @@ def test_edm_preconditioning_is_the_schedulers(kind, prediction_type):
         want = scheduler.precondition_outputs(x, y, sigma)
         got = denoiser(x, denoiser.path.time(torch.atan(sigma.double())))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# --- the levels that a pipeline visits today ----------------------------------------------------------------------
+
+
+def schedulers():
+    """name -> (network, scheduler) whose own grid of N steps asks the network at N levels."""
+    import diffusers
+
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    eps = {
+        "DDPM": diffusers.DDPMScheduler(),
+        "DDIM, trailing": diffusers.DDIMScheduler(timestep_spacing="trailing"),
+        "DDIM, zero SNR": diffusers.DDIMScheduler(**zero),
+        "Euler, fractional": diffusers.EulerDiscreteScheduler(use_karras_sigmas=True),
+        "Euler, zero SNR": diffusers.EulerDiscreteScheduler(**zero),
+        "DPM, zero SNR": diffusers.DPMSolverMultistepScheduler(**zero),
+        "UniPC": diffusers.UniPCMultistepScheduler(),
+        "LCM": diffusers.LCMScheduler(),
+        "Heun": diffusers.HeunDiscreteScheduler(),
+        "PNDM": diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+    }
+    flows = {
+        "flow Euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "flow Heun": diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+        "flow UniPC": diffusers.UniPCMultistepScheduler(**flow),
+    }
+    return {k: (unet(), s) for k, s in eps.items()} | {k: (dit(), s) for k, s in flows.items()}
+
+
+SCHEDULERS = ["DDPM", "DDIM, trailing", "DDIM, zero SNR", "Euler, fractional", "Euler, zero SNR", "DPM, zero SNR", "UniPC"]
+SCHEDULERS += ["LCM", "Heun", "PNDM", "flow Euler", "flow Heun", "flow UniPC"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_default_levels_ask_the_network_what_the_scheduler_asks(name):
+    network, scheduler = schedulers()[name]
+    denoiser = from_diffusers((network, scheduler))
+    before = dict(scheduler.config)
+    for steps in (1, 6, 10):
+        if (name, steps) == ("PNDM", 1):
+            continue
+        levels = denoiser.default_levels(steps)
+        assert levels.shape == (steps,)
+        assert levels.dtype == torch.float64
+        assert bool((levels.diff() < 0).all())
+        told = denoiser.clock(denoiser.path.time(levels))
+        copy = type(scheduler).from_config(scheduler.config)
+        copy.set_timesteps(steps)
+        want = torch.unique(copy.timesteps.double()).flip(0)
+        torch.testing.assert_close(told.double(), want, rtol=0, atol=1e-6)
+    assert dict(scheduler.config) == before
+    if "zero SNR" in name:
+        assert float(denoiser.default_levels(6)[0]) == pytest.approx(math.pi / 2, abs=1e-9)
+
+
+def test_default_levels_of_edm_are_its_sigmas():
+    from diffusers import EDMEulerScheduler
+
+    scheduler = EDMEulerScheduler(sigma_min=0.01, sigma_max=20.0)
+    levels = from_diffusers((unet(), scheduler)).default_levels(7)
+    scheduler.set_timesteps(7)
+    torch.testing.assert_close(torch.tan(levels), scheduler.sigmas[:7].double(), rtol=1e-9, atol=0)
+
+
+def test_no_default_levels_where_a_scheduler_has_no_such_grid():
+    import diffusers
+
+    for network, scheduler in (
+        (unet(), diffusers.KDPM2DiscreteScheduler()),  # asks between its levels as well
+        (unet(), diffusers.PNDMScheduler()),  # warms up with Runge-Kutta
+        (dit(), diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)),  # depends on the picture's size
+    ):
+        assert from_diffusers((network, scheduler)).default_levels(6) is None
+    assert from_sigma(math.sin, 0.1, 2.0).default_levels is None
+
+
+def test_wrapping_keeps_the_default_levels():
+    denoiser = from_diffusers(discrete("class")[:2])
+    want = denoiser.default_levels(5)
+    for wrapped in (Guided(denoiser, 2.0, {"class_labels": torch.tensor([0])}), OnPath(denoiser, VE(0.01, 40.0))):
+        assert torch.equal(wrapped.default_levels(5), want)
 
 
 # --- folders, the hub, pipelines ----------------------------------------------------------------------------------
