@@ -61,9 +61,31 @@ def demo() -> str:
     return "\n".join(rows)
 
 
+def schedules(result: dict | None = None) -> str:
+    result = result or json.loads((HERE / "schedules.json").read_text())
+    names = {"ring": "8 modes, 2-D", "modes64": "10 modes, 64-D", "spectrum": "image-like spectrum, 64-D"}
+    names |= {"digits": "digits 8 x 8", "mnist_slim": "MNIST DDPM 32 x 32", "fashion": "Fashion-MNIST 28 x 28"}
+    names |= {"mixtures": "**mixtures**", "images": "**image models**", "all": "**all**"}
+    rows = [
+        "| | cells | error / best free schedule's, up to 8 steps | the same, with those read to data | best or within 2 % | "
+        "strictly best: fewstep, tied, others | worse than karras, log-linear or kl-optimal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in (n for n in names if n in result["summary"]):
+        s = result["summary"][name]
+        few, best = s["few"], s["strictly_best"]
+        others = sum(count for method, count in best.items() if method not in ("fewstep", "tie"))
+        ratios = (f"{few[k]:.2f}" if few["cells"] else "" for k in ("of_best_standard", "of_best_free"))
+        rows.append(
+            f"| {names[name]} | {s['cells']} | {' | '.join(ratios)} | {s['best_or_within_2_percent']:.0%} | "
+            f"{best.get('fewstep', 0)}, {best.get('tie', 0)}, {others} | {len(s['worse_than_guarded'])} |"
+        )
+    return "\n".join(rows)
+
+
 def main() -> int:
     old = text = README.read_text()
-    for name, table in (("demo", demo()), ("gaussians8", gaussians8())):
+    for name, table in (("demo", demo()), ("gaussians8", gaussians8()), ("schedules", schedules())):
         mark = rf"(<!-- {name} table: python benchmarks/tables.py -->\n).*?(<!-- end -->)"
         text = re.sub(mark, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
     if "--check" in sys.argv:

@@ -14,6 +14,7 @@ from fewstep.mixture import ring
 from fewstep.schedule import Schedule, karras
 
 TINY = ["--width", "16", "--depth", "1", "--threads", "1"]
+SMALL = ["--noises", 64, "--budget", 7000, "--verdict-noises", 8]
 
 
 def fewstep(*arguments, expect=0, capsys=None):
@@ -35,14 +36,17 @@ def trained(tmp_path_factory):
     np.save(root / "points.npy", ring().sample(600, torch.Generator().manual_seed(0)).numpy())
     data = ("--data", root / "points.npy")
     fewstep("train", *data, "--out", root / "model", "--iterations", 200, *TINY)
-    fewstep("schedule", "--model", root / "model", *data, "--out", root / "schedule", "--draws", 16, "--probes", 20)
+    fewstep("schedule", "--model", root / "model", "--out", root / "schedule", "--solver", "euler", "--steps", 2, *SMALL)
     tuning = ("--iterations", 20, "--warmup", 5, "--batch-size", 32, "--schedule", root / "schedule")
     fewstep("finetune", "--model", root / "model", *data, "--out", root / "sampler", "--steps", 2, *tuning)
     return root
 
 
 def test_the_way_from_data_to_samples(trained, tmp_path, monkeypatch):
-    assert Schedule.load(trained / "schedule" / "schedule.json").provenance["evaluations"] == 2 * 19 * 16
+    learned = Schedule.load(trained / "schedule" / "schedule.json")
+    assert learned.provenance["solver"] == "euler"
+    assert learned.provenance["evaluations"] <= 7000
+    assert list(learned.grids) == [2]
     monkeypatch.chdir(trained)  # relative names are kept relative to the run folder
     fewstep("sample", "--model", "model", "--schedule", "schedule", "--steps", 5, "--count", 30, "--out", tmp_path / "a")
     fewstep("sample", "--model", "sampler", "--count", 30, "--out", tmp_path / "b")
@@ -85,7 +89,7 @@ def test_a_moved_folder_still_loads(trained, tmp_path):
 )
 def test_a_command_that_failed_leaves_its_folder_free_for_the_corrected_one(trained, tmp_path, monkeypatch, wrong, right):
     monkeypatch.chdir(trained)
-    few = {"train": ["--iterations", 5, *TINY], "schedule": ["--draws", 8, "--probes", 5], "sample": ["--count", 4]}
+    few = {"train": ["--iterations", 5, *TINY], "schedule": SMALL, "sample": ["--count", 4]}
     more = few.get(wrong[0], ["--count", 50, "--seeds", 1, "--steps", 2])
     fewstep(*wrong, *more, "--out", tmp_path / "out", expect=2)
     assert not (tmp_path / "out").exists()
@@ -108,6 +112,29 @@ def test_another_schedule_or_other_data_under_the_same_name_are_noticed(trained,
     fewstep(*arguments)
     karras(0.2, 10).save(tmp_path / "s.json")
     assert "times was" in fewstep(*arguments, expect=2, capsys=capsys)
+
+
+def test_a_schedule_by_the_published_cost_from_data_or_from_the_models_own_samples(trained, tmp_path):
+    """The corrector's cost knows no solver and needs data, its own where none are given."""
+    few = ("--cost", "corrector", "--draws", 16, "--probes", 20, "--verdict-noises", 8)
+    for out, data in (("a", ("--data", trained / "points.npy")), ("b", ())):
+        fewstep("schedule", "--model", trained / "model", *data, *few, "--out", tmp_path / out)
+    a, b = (Schedule.load(tmp_path / out / "schedule.json").provenance for out in "ab")
+    assert a["evaluations"] == 2 * 19 * 16
+    assert b["evaluations"] == 2 * 19 * 16 + 48 * b["own_samples"]
+    assert a["verdict"]["solver"] == b["verdict"]["solver"] == "dpmpp_2m"
+    assert "own_samples" not in a
+
+
+def test_a_schedule_is_held_against_another_model_by_exit_codes(trained, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from fewstep.mixture import ring\nfrom fewstep.path import VE\n\n"
+        "def other():\n    return ring(std=0.001, path=VE(0.02, 40.0))\n"
+    )
+    check = ("schedule", "--check", trained / "schedule", "--verdict-noises", 8)
+    fewstep(*check, "--model", trained / "model")
+    assert "keep: " in capsys.readouterr().out
+    fewstep(*check, "--model", f"{tmp_path}/mine.py:other", expect=3)
 
 
 def test_two_schedules_of_one_kind_are_two_rows(trained, tmp_path):
@@ -205,6 +232,15 @@ def bad_inputs(root, tmp):
         "a model folder that is none": (("sample", "--model", tmp / "other", "--out", out), "diffusers"),
         "a function that returns no model": (("sample", "--model", f"{tmp}/mine.py:five", "--out", out), "not a fewstep"),
         "a function that is not there": (("sample", "--model", f"{tmp}/mine.py:six", "--out", out), "no function 'six'"),
+        "steps of a published cost": (
+            ("schedule", "--model", model, "--cost", "corrector", "--steps", 4, "--out", out),
+            "leave --steps out",
+        ),
+        "guidance without conditions": (("schedule", "--model", model, "--guidance", 2, "--out", out), "needs --cond"),
+        "a schedule for nowhere": (("schedule", "--model", model), "give --out"),
+        "a check of a file without a verdict": (("schedule", "--model", model, "--check", tmp / "k.json"), "no verdict"),
+        "an array for conditions": (("schedule", "--model", model, "--cond", points, "--out", out), "points.npy"),
+        "an unknown solver of a schedule": (("schedule", "--model", model, "--solver", "rk45", "--out", out), "dpmpp_2m"),
         "an unknown solver": ((*sample, "--solver", "rk45"), "rk45"),
         "no such schedule": ((*sample, "--schedule", "karas"), "no schedule 'karas'"),
         "a schedule that is not monotone": ((*sample, "--schedule", tmp / "flat.json"), "strictly decrease"),

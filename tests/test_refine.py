@@ -190,7 +190,7 @@ def smallest(model: Denoiser, solver: str, z: Tensor, ends: Tensor, bounds: Boun
         gaps[first:] = torch.from_numpy(np.exp(np.clip(log_gaps, -12, 3)))
         return mean_square(runs, unbend(bounds.levels(gaps)), ends)
 
-    options = {"xatol": 1e-4, "fatol": 1e-12, "maxfev": 300, "adaptive": True}
+    options = {"xatol": 1e-4, "fatol": 1e-12, "maxfev": 200, "adaptive": True}
     found = [minimize(error, bounds.gaps(s)[first:].log().numpy(), method="Nelder-Mead", options=options) for s in starts]
     return min(each.fun for each in found)
 
@@ -327,7 +327,7 @@ def all_starts(path: Path) -> dict[str, Schedule]:
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
-@pytest.mark.parametrize(("solver", "steps"), [("euler", 2), ("heun", 4), ("dpmpp_2m", 5)])
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 2), ("heun", 4)])
 def test_a_refined_grid_falls_within_the_range_and_its_evaluations_are_within_the_budget(path, solver, steps):
     model, z = Counting(ring(path=path)), noise(48).float()
     known = reference(model.denoiser, z)

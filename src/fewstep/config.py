@@ -93,7 +93,7 @@ class LearnConfig:
     budget: Count = 15_000
     """Evaluations of the network for the curve, and again for each of the refined numbers of steps."""
     verdict_noises: Annotated[int, Field(ge=8)] = 64
-    """Fresh noises for the verdict."""
+    """Fresh noises for the verdict; up to eight times as many where these do not decide it."""
     probes: Annotated[int, Field(ge=3)] = 100
     """Published costs: levels at which the cost is probed."""
     draws: Annotated[int, Field(ge=4)] = 64

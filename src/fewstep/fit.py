@@ -42,7 +42,7 @@ from fewstep.run import fingerprint, open_run
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps
-from fewstep.verdict import guard, interval, judge
+from fewstep.verdict import guard, interval, judge, settle
 
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
@@ -199,12 +199,16 @@ def pass_judgement(
 
 
 def _judged(denoiser, schedule, solver, steps, config, form, about, device, meter) -> dict[str, Any]:
-    noise = draw_noise(config.verdict_noises, form, torch.Generator().manual_seed(config.seed + 1_000_003), device)
     low, high = (float(schedule.provenance[k]) for k in ("sigma_min", "sigma_max"))
     runs = (5 if solver in STOCHASTIC else 1) * 12 * sum(evaluations_of(solver, n) for n in steps)
-    with meter(config.verdict_noises * (FINE + runs) * denoiser.evaluations, "verdict") as tick:
-        known = reference(denoiser, noise, levels=FINE, sigma_min=low, sigma_max=high, tick=tick, **about)
-        return judge(denoiser, solver, schedule, steps, known, default=denoiser.default_levels, tick=tick, **about)
+
+    def judged(count: int) -> dict[str, Any]:
+        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + 1_000_003), device)
+        with meter(count * (FINE + runs) * denoiser.evaluations, f"verdict, {count} noises") as tick:
+            known = reference(denoiser, noise, levels=FINE, sigma_min=low, sigma_max=high, tick=tick, **about)
+            return judge(denoiser, solver, schedule, steps, known, default=denoiser.default_levels, tick=tick, **about)
+
+    return settle(judged, config.verdict_noises)
 
 
 def check(

@@ -23,6 +23,7 @@ from fewstep.schedule import Schedule, free_schedules
 from fewstep.solvers import STOCHASTIC, solve
 
 REPETITIONS = 5  # of a stochastic solver
+WIDE = 1.15  # an interval's upper end over its lower one
 
 
 def judge(
@@ -69,6 +70,20 @@ def judge(
             row["against_default"] = ratio(squares["learned"], squares["default"])
         result["steps"][str(n)] = row
     return result | {"evaluations": spent}
+
+
+def settle(judged: Callable[[int], dict[str, Any]], noises: int, most: int | None = None) -> dict[str, Any]:
+    """judged(count), the count doubled from `noises` while an interval is wide and does not decide, `most` (default 8 times
+    as many) at most. Where few noises go astray and make all of the error, a few dozen of them say nothing."""
+    spent, most = 0, most or 8 * noises
+    while True:
+        verdict = judged(noises)
+        spent += verdict["evaluations"]
+        found = [row["against_best_free"] for row in verdict["steps"].values()]
+        open_ones = [f for f in found if f["low"] <= 1 <= f["high"] and f["high"] > WIDE * f["low"]]
+        if not open_ones or 2 * noises > most:
+            return verdict | {"evaluations": spent}
+        noises *= 2
 
 
 def _endpoint(denoiser, solver, grids, known, cond, batch_size, generator, tick) -> tuple[dict[str, Tensor], int]:

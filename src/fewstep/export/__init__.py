@@ -46,7 +46,7 @@ __all__ = [
 def _diffusers_json(schedule: Schedule, steps: int, scheduler: Any, mu: float | None) -> str:
     if scheduler is None:
         raise ValueError(
-            "diffusers takes another grid for every scheduler: give scheduler= (--scheduler), a scheduler or a saved pipeline's folder"
+            "diffusers takes another grid for every scheduler: give scheduler= (--scheduler), one or a saved pipeline's folder"
         )
     kwargs = to_diffusers(schedule, scheduler, steps, mu)
     return json.dumps({k: v.tolist() if hasattr(v, "tolist") else v for k, v in kwargs.items()})

@@ -1,0 +1,618 @@
+"""Our levels against everybody else's: the endpoint error of a solver on the levels that each method chooses.
+
+    python benchmarks/schedules.py                                      exact mixtures, three seeds
+    python benchmarks/schedules.py --digits RUN --mnist DATA --fashion RUN --fashion-data DATA      and networks
+    python benchmarks/schedules.py --draw                               only the summary and the figure, from the rows
+
+RUN: folders of `fewstep train` (digits; fashion-mnist). DATA: folders with idx files; --mnist stands for the third-party
+network of examples/mnist_slim.py. Writes benchmarks/schedules.json, prints its summary and draws
+docs/pictures/schedules.png. A cell is a model, solver, number of steps and seed; the rows of finished cells are kept in
+--rows, so that a killed or repeated command continues, and two commands with different --models or --solvers can share
+the work.
+
+rmse: root mean square, per dimension, of the solver's end against the converged one from the same noise, on noises that no
+method has seen; median: of the same over the noises, which the few that end in another mode do not decide. sw: sliced
+Wasserstein distance to data; fd: Frechet distance to data in pixels (of 28 x 28 and 32 x 32 images in means of 4 x 4
+pixels). evaluations, gradients, seconds: spent on choosing the levels; those of `fewstep` are the curve's, which serves all
+numbers of steps, and the refinement's. Its verdict, on 64 more noises, decides whether the file keeps them, and is counted
+apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.ticker import NullFormatter
+from torch import Tensor
+
+from fewstep import baselines
+from fewstep.data import load_data
+from fewstep.denoiser import Denoiser, OnPath
+from fewstep.endpoint import Reference, Runs, reference, squared_errors
+from fewstep.metrics import frechet_distance, sliced_wasserstein
+from fewstep.mixture import Mixture, ring
+from fewstep.models import load_denoiser
+from fewstep.path import VE
+from fewstep.report import COLOURS  # and the style of our pictures
+from fewstep.run import load_tree, read_lines, save_tree
+from fewstep.schedule import Schedule
+from fewstep.tailor import LEVELS, NOISES, fit_curve, refine_steps
+from fewstep.verdict import guard, judge, ratio, settle
+from tables import schedules
+
+HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs" / "pictures" / "schedules.png"
+
+OURS, CURVE = "fewstep", "fewstep curve"
+STANDARD = ("karras", "karras3", "log_linear", "kl_optimal", "linear", "beta", "dmn")  # free, as they are published
+TO_DATA = tuple(f"{name}_to_data" for name in STANDARD if name != "dmn")  # the same curves in our reading
+FREE = STANDARD + TO_DATA
+GUARDED = ("karras", "log_linear", "kl_optimal")
+BLIND = ("entropic", "entropic_rescaled", "entropic_to_data", "entropic_rescaled_to_data", "ays", "gits_l1", "gits_l2", "oss")
+SOLVERS = ("dpmpp_2m", "unipc", "euler", "ipndm", "deis", "heun")
+FEW = 8  # "few steps" of the summary: up to here
+
+REDUCED: dict[str, baselines.Peer] = {  # for convolutions on a CPU: at most about 10,000 evaluations each
+    "entropic": partial(baselines.entropic, probes=50, draws=32),
+    "entropic_rescaled": partial(baselines.entropic, rescaled=True, probes=50, draws=32),
+    "ays": partial(baselines.ays, draws=8),
+    "gits_l1": partial(baselines.gits, norm=1, noises=64),
+    "gits_l2": partial(baselines.gits, norm=2, noises=64),
+    "oss": partial(baselines.oss, levels=40, noises=16),
+    "ld3": partial(baselines.ld3, noises=24, epochs=8, batch=8, teacher=32),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run on a kind of model. fitted_at: the steps at which the fitted peers take part; ld3_at: LD3, seed 0 only."""
+
+    solvers: tuple[str, ...]
+    steps: tuple[int, ...]
+    seeds: int
+    tests: int
+    converged: int  # levels of the solve that all are held to
+    fitted_at: tuple[int, ...]
+    fitted_seeds: int
+    ld3_at: tuple[int, ...]
+    batch_size: int
+
+
+MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 1024, 300, (4, 5, 6, 8, 10, 15, 20), 3, (6,), 512)
+DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 256, 300, (4, 5, 6, 8, 10), 3, (6,), 512)
+NETWORKS = Plan(SOLVERS[:4], (6, 8, 4, 10), 1, 128, 96, (6,), 1, (6,), 32)
+
+
+class Model:
+    """A denoiser, data to fit to and to compare with, and the range of levels."""
+
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        denoiser: Denoiser,
+        train: Tensor,
+        test: Tensor,
+        folder: Path,
+        sigma_min: float | None = None,
+    ):
+        self.folder = folder
+        self.known: dict[tuple[int, str], Reference] = {}
+        self.name, self.plan, self.denoiser, self.train, self.test = name, plan, denoiser, train, test
+        self.low, self.high = sigma_min or denoiser.path.sigma_min, denoiser.path.sigma_max
+        own = isinstance(denoiser.path, VE) and sigma_min is None
+        self.on_ve = denoiser if own else OnPath(denoiser, VE(self.low, self.high))
+        assert denoiser.shape is not None
+        self.shape = denoiser.shape
+
+    def reference(self, seed: int, purpose: str, verdict_noises: int = 64) -> Reference:
+        """From noises that belong to this seed and purpose."""
+        plan = self.plan
+        count, levels, number = {
+            "fit": (NOISES, LEVELS, 1),
+            "verdict": (verdict_noises, 96, 2),
+            "test": (plan.tests, plan.converged, 3),
+        }[purpose]
+        purpose = f"{purpose}{count}" if purpose == "verdict" else purpose
+        if (seed, purpose) not in self.known:
+            file = self.folder / f"{self.name}-{seed}-{purpose}.safetensors"
+            if not file.exists():
+                noise = torch.randn(count, *self.shape, generator=seeded(1000 * seed + number))
+                found = reference(
+                    self.denoiser, noise, levels=levels, sigma_min=self.low, sigma_max=self.high, batch_size=plan.batch_size
+                )
+                save_tree(file, found._asdict())
+            stored = load_tree(file)
+            self.known[seed, purpose] = Reference(**stored | {"bending": tuple(stored["bending"])})
+        return self.known[seed, purpose]
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(x, 4) if x.shape[-1] > 8 else x
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def modes64() -> Mixture:
+    return Mixture(torch.randn(10, 64, generator=seeded(64), dtype=torch.float64), 0.3)
+
+
+def spectrum() -> Mixture:
+    """Four modes in 64 dimensions whose spread, within and between, falls like that of natural images' frequencies."""
+    k = torch.arange(1, 65, dtype=torch.float64)
+    return Mixture(2 * torch.randn(4, 64, generator=seeded(4), dtype=torch.float64) / k, (1 / k).expand(4, 64))
+
+
+def available(args: argparse.Namespace) -> dict[str, Callable[[], Model]]:
+    def mixture(name: str, denoiser: Mixture) -> Model:
+        return Model(name, MIXTURES, denoiser, denoiser.sample(4000, seeded(1)), denoiser.sample(4000, seeded(2)), args.rows)
+
+    def network(name: str, plan: Plan, run: str, data: str, folder: str | None, size=None, sigma_min=None) -> Model:
+        images, denoiser = load_data(data, folder, size), load_denoiser(run)
+        if name == "mnist_slim":
+            denoiser = denoiser.to(memory_format=torch.channels_last)  # a sixth faster
+        return Model(name, plan, denoiser, images.train, images.test[:2000], args.rows, sigma_min)
+
+    made: dict[str, Callable[[], Model]] = {
+        "ring": lambda: mixture("ring", ring()),
+        "modes64": lambda: mixture("modes64", modes64()),
+        "spectrum": lambda: mixture("spectrum", spectrum()),
+    }
+    if args.digits:
+        made["digits"] = lambda: network("digits", DIGITS, args.digits, "digits", None)
+    if args.mnist:
+        slim = f"{HERE.parent / 'examples' / 'mnist_slim.py'}:denoiser"
+        made["mnist_slim"] = lambda: network("mnist_slim", NETWORKS, slim, "mnist", args.mnist, 32, 0.05)
+    if args.fashion:
+        made["fashion"] = lambda: network("fashion", NETWORKS, args.fashion, "fashion-mnist", args.fashion_data)
+    return made
+
+
+# --- one cell -----------------------------------------------------------------------------------------------------
+
+
+class Peers:
+    """The peers' levels, each fitted once for whatever it depends on; those in finished rows are taken from there."""
+
+    def __init__(self, rows: Iterable[dict]):
+        self.fitted: dict[tuple, dict] = {}
+        for row in rows:
+            for name, cell in row["methods"].items():
+                if name not in (OURS, CURVE):
+                    key = self.key(row["model"], row["solver"], row["seed"], name, row["steps"], row["range"])
+                    self.fitted[key] = {k: cell[k] for k in ("evaluations", "gradients", "seconds", "sigmas")}
+
+    @staticmethod
+    def key(model: str, solver: str, seed: int, name: str, steps: int, ends: Iterable[float]) -> tuple:
+        if name in FREE:
+            return (name, steps, *ends)
+        return (name, steps, model, seed) if name in BLIND else (name, steps, model, seed, solver)
+
+    def names(self, plan: Plan, steps: int, seed: int) -> tuple[str, ...]:
+        blind = [n for n in BLIND if plan is not NETWORKS or n in REDUCED]
+        names = (*FREE, *blind) if steps in plan.fitted_at and seed < plan.fitted_seeds else FREE
+        return (*names, "ld3") if steps in plan.ld3_at and seed == 0 else names
+
+    def levels(self, model: Model, solver: str, steps: int, seed: int, name: str) -> dict:
+        key = self.key(model.name, solver, seed, name, steps, (model.low, model.high))
+        if key in self.fitted:
+            return self.fitted[key]
+        noise = model.high * torch.randn(256, *model.shape, generator=seeded(1000 * seed + 4))
+        g = seeded(1000 * seed + 5)
+        problem = baselines.Problem(model.on_ve, solver, steps, model.train, noise, g, model.plan.batch_size)
+        peer = REDUCED.get(name, name) if model.plan is NETWORKS else name
+        start = time.perf_counter()
+        fit = baselines.fit(peer, problem)
+        cell = {"evaluations": fit.evaluations, "gradients": fit.gradients, "seconds": round(time.perf_counter() - start, 2)}
+        cell["sigmas"] = digits_of(fit.sigmas)
+        self.fitted[key] = cell
+        return cell
+
+
+def digits_of(numbers: Iterable) -> list[float]:
+    return [float(f"{float(x):.6g}") for x in numbers]
+
+
+class Curve:
+    """Ours, for a model, solver and seed: one curve, made when it is first asked for, and kept."""
+
+    def __init__(self, model: Model, solver: str, seed: int):
+        self.model, self.solver, self.seed = model, solver, seed
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        model = self.model
+        file = model.folder / f"{model.name}-{self.seed}-{self.solver}.json"
+        if not file.exists():
+            known = model.reference(self.seed, "fit")
+            start = time.perf_counter()
+            made = fit_curve(model.denoiser, self.solver, known, batch_size=model.plan.batch_size)
+            about = made.provenance | {"seconds": time.perf_counter() - start}
+            replace(made, provenance=about).save(file)
+        return Schedule.load(file)
+
+    def refined(self, steps: int) -> tuple[Schedule, dict]:
+        """The guarded schedule, and what it took."""
+        model, batch_size = self.model, self.model.plan.batch_size
+        start = time.perf_counter()
+        known = model.reference(self.seed, "fit")
+        found = refine_steps(model.denoiser, self.schedule, steps, known, batch_size=batch_size)
+        refining = time.perf_counter() - start
+        start = time.perf_counter()
+
+        def judged(count: int) -> dict:
+            unseen = model.reference(self.seed, "verdict", count)
+            return judge(model.denoiser, self.solver, found, [steps], unseen, batch_size=batch_size)
+
+        verdict = settle(judged, 64)
+        judging = time.perf_counter() - start
+        made = guard(found, verdict)
+        note = made.provenance["refined"][str(steps)]
+        return made, {
+            "curve_evaluations": made.provenance["evaluations"],
+            "refine_evaluations": note["evaluations"],
+            "verdict_evaluations": verdict["evaluations"],
+            "curve_seconds": round(made.provenance["seconds"], 2),
+            "refine_seconds": round(refining, 2),
+            "verdict_seconds": round(judging, 2),
+            "curve": made.provenance["curve"],
+            "from": note["from"],
+            "moved": note["moved"],
+            "kept": made.provenance["verdict"]["kept"][str(steps)],
+        }
+
+
+def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, peers: Peers) -> dict:
+    plain = curve.schedule
+    guarded, about = curve.refined(steps)
+    spent = {"evaluations": about["curve_evaluations"], "gradients": 0, "seconds": about["curve_seconds"]}
+    methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in peers.names(model.plan, steps, seed)}
+    thetas = {name: torch.atan(torch.tensor(m["sigmas"][:-1], dtype=torch.float64)) for name, m in methods.items()}
+    both = spent["evaluations"] + about["refine_evaluations"], spent["seconds"] + about["refine_seconds"]
+    ours = {
+        CURVE: (plain.angles(steps)[:-1], spent),
+        OURS: (guarded.angles(steps)[:-1], {"evaluations": both[0], "gradients": 0, "seconds": round(both[1], 2)}),
+    }
+    for name, (theta, cost) in ours.items():
+        thetas[name], methods[name] = theta, cost | {"sigmas": [*digits_of(torch.tan(theta)), 0.0]}
+
+    unseen = model.reference(seed, "test")
+    runs = Runs(model.denoiser, solver, unseen.noise, batch_size=model.plan.batch_size)
+    first = None  # what the model says at the noisiest level, where nearly all of them start
+    done: dict[tuple, tuple[Tensor, Tensor, float, float | None]] = {}
+    squares = {}
+    for name, theta in thetas.items():
+        if abs(float(theta[0] / unseen.theta[0]) - 1) < 1e-5:
+            theta = torch.cat([unseen.theta[:1], theta[1:]])
+        same = tuple(theta.mul(1e7).round().tolist())
+        if same not in done:
+            x, log = runs(theta, first)
+            first = first or log[:1]
+            error = squared_errors(x, unseen.ends).nan_to_num(math.inf)
+            finite = bool(torch.isfinite(x).all())
+            sw = sliced_wasserstein(x, model.test, 128, seeded(0)) if finite else math.inf
+            images = finite and x.ndim == 4
+            fd = frechet_distance(model.features(x), model.features(model.test)) if images else None
+            done[same] = error, x, sw, fd
+        squares[name], _, sw, fd = done[same]
+        root = squares[name].sqrt()
+        methods[name] |= {"rmse": rounded(math.sqrt(float(squares[name].mean()))), "median": rounded(float(root.median()))}
+        methods[name] |= {"sw": rounded(sw)}
+        methods[name] |= {} if fd is None else {"fd": rounded(fd)}
+    against = {}
+    for label, names in (*((name, (name,)) for name in GUARDED), ("standard", STANDARD), ("free", FREE)):
+        rival = min(names, key=lambda name: float(squares[name].mean()))
+        against[label] = {"rival": rival} | {k: rounded(v) for k, v in ratio(squares[OURS], squares[rival]).items()}
+    return {
+        "model": model.name,
+        "solver": solver,
+        "steps": steps,
+        "seed": seed,
+        "range": [model.low, model.high],
+        "noises": len(unseen.noise),
+        "ours": about,
+        "against": against,
+        "methods": methods,
+    }
+
+
+def rounded(x: float) -> float:
+    return float(f"{x:.5g}")
+
+
+# --- all cells ----------------------------------------------------------------------------------------------------
+
+
+def rows_in(folder: Path) -> list[dict]:
+    rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
+    return list({(r["model"], r["solver"], r["steps"], r["seed"]): r for r in rows}.values())
+
+
+def run(args: argparse.Namespace) -> None:
+    args.rows.mkdir(parents=True, exist_ok=True)
+    made = available(args)
+    names = args.models or list(made)
+    unknown = [n for n in names if n not in made]
+    if unknown:
+        raise SystemExit(f"no model {', '.join(unknown)}: give its folders (see --help), or one of {', '.join(made)}")
+    models: dict[str, Model] = {}
+    peers = Peers(rows_in(args.rows) + (rows_in(args.peers) if args.peers else []))
+    for seed in range(args.seeds if args.seeds is not None else 3):
+        for name in names:
+            if name not in models:
+                models[name] = made[name]()
+            model = models[name]
+            if seed >= model.plan.seeds and args.seeds is None:
+                continue
+            for solver in (s for s in model.plan.solvers if not args.solvers or s in args.solvers):
+                done = {(r["model"], r["solver"], r["steps"], r["seed"]) for r in rows_in(args.rows)}
+                curve = Curve(model, solver, seed)
+                for steps in (n for n in model.plan.steps if not args.steps or n in args.steps):
+                    if (name, solver, steps, seed) in done:
+                        continue
+                    start = time.perf_counter()
+                    row = run_cell(model, solver, steps, seed, curve, peers)
+                    append(args.rows / f"{name}.jsonl", row)
+                    best, error = row["against"]["free"], row["methods"][OURS]["rmse"]
+                    print(
+                        f"{name} {solver} {steps} seed {seed}: {error:.4g}, {best['ratio']:.3f} of {best['rival']}, "
+                        f"{row['against']['standard']['ratio']:.3f} of {row['against']['standard']['rival']} "
+                        f"({time.perf_counter() - start:.0f} s)",
+                        flush=True,
+                    )
+
+
+def append(file: Path, row: dict) -> None:
+    """One line; a half-written one before it, of a killed command, is dropped."""
+    if file.exists():
+        whole = file.read_bytes()
+        if not whole.endswith(b"\n"):
+            file.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    with open(file, "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+# --- summary ------------------------------------------------------------------------------------------------------
+
+
+def geometric(values: Iterable[float]) -> float | None:
+    logs = [math.log(max(v, 1e-300)) for v in values]
+    return rounded(math.exp(sum(logs) / len(logs))) if logs else None
+
+
+def kind_of(model: str) -> str:
+    return "mixtures" if model in ("ring", "modes64", "spectrum") else "images"
+
+
+def summarise(rows: list[dict]) -> dict:
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["model"], []).append(row)
+    for kind in ("mixtures", "images"):
+        if chosen := [row for row in rows if kind_of(row["model"]) == kind]:
+            groups[kind] = chosen
+    return {name: one_summary(group) for name, group in groups.items()} | {"all": one_summary(rows)}
+
+
+def one_summary(rows: list[dict]) -> dict:
+    few = [row for row in rows if row["steps"] <= FEW]
+    standing = Counter(leader(row) for row in rows)
+    worse = [
+        {k: row[k] for k in ("model", "solver", "steps", "seed")} | {"than": name} | row["against"][name]
+        for row in rows
+        for name in GUARDED
+        if row["against"][name]["low"] > 1
+    ]
+    ours = [row["ours"] for row in rows]
+    return {
+        "cells": len(rows),
+        "few": {
+            "cells": len(few),
+            "of_best_standard": geometric(row["against"]["standard"]["ratio"] for row in few),
+            "of_best_free": geometric(row["against"]["free"]["ratio"] for row in few),
+            "curve_of_best_standard": geometric(
+                row["methods"][CURVE]["rmse"] / min(row["methods"][n]["rmse"] for n in STANDARD) for row in few
+            ),
+            "of_best_standard_by_solver": {
+                s: geometric(r["against"]["standard"]["ratio"] for r in few if r["solver"] == s)
+                for s in SOLVERS
+                if any(r["solver"] == s for r in few)
+            },
+            "median_of_best_standard": geometric(
+                row["methods"][OURS]["median"] / min(row["methods"][n]["median"] for n in STANDARD)
+                for row in few
+                if "median" in row["methods"][OURS]
+            ),
+            "median_of_best_free": geometric(
+                row["methods"][OURS]["median"] / min(row["methods"][n]["median"] for n in FREE)
+                for row in few
+                if "median" in row["methods"][OURS]
+            ),
+            "sw_of_best_standard": geometric(
+                row["methods"][OURS]["sw"] / min(row["methods"][n]["sw"] for n in STANDARD) for row in few
+            ),
+        },
+        "of_best_standard": geometric(row["against"]["standard"]["ratio"] for row in rows),
+        "of_best_free": geometric(row["against"]["free"]["ratio"] for row in rows),
+        "best_or_within_2_percent": rounded(sum(shortfall(row)[0] <= 1.02 for row in rows) / max(len(rows), 1)),
+        "strictly_best": dict(standing.most_common()),
+        "worse_than_guarded": worse,
+        "kept_a_free_grid": sum(each["kept"] != "learned" for each in ours),
+        "evaluations": {k: max((each[f"{k}_evaluations"] for each in ours), default=0) for k in ("curve", "refine", "verdict")},
+        "seconds": {
+            k: rounded(sum(each[f"{k}_seconds"] for each in ours) / max(len(ours), 1)) for k in ("curve", "refine", "verdict")
+        },
+    }
+
+
+def leader(row: dict) -> str:
+    """The method with the strictly smallest error, ours as one; "tie" where a file keeps the best free levels."""
+    errors = {name: cell["rmse"] for name, cell in row["methods"].items() if name != CURVE}
+    first, second = sorted(errors, key=lambda name: errors[name])[:2]
+    return first if errors[first] < errors[second] * (1 - 1e-6) else "tie"
+
+
+def shortfall(row: dict) -> tuple[float, str]:
+    """Our error over the best other method's, and its name."""
+    rival = min((n for n in row["methods"] if n not in (OURS, CURVE)), key=lambda n: row["methods"][n]["rmse"])
+    return row["methods"][OURS]["rmse"] / row["methods"][rival]["rmse"], rival
+
+
+def lost(rows: list[dict]) -> list[dict]:
+    found = []
+    for row in rows:
+        factor, rival = shortfall(row)
+        if factor > 1.02:
+            cell = {k: row[k] for k in ("model", "solver", "steps", "seed")}
+            found.append(cell | {"to": rival, "factor": rounded(factor), "kept": row["ours"]["kept"]})
+    return sorted(found, key=lambda cell: -cell["factor"])
+
+
+def cost_of_peers(rows: list[dict]) -> dict:
+    """By kind of model: the mean cost of a fit of the fitted ones."""
+    result: dict[str, dict] = {}
+    for row in rows:
+        for name, cell in row["methods"].items():
+            if cell["evaluations"] and name not in (OURS, CURVE):
+                result.setdefault(row["model"], {}).setdefault(name, []).append(cell)
+    return {
+        model: {
+            name: {k: rounded(sum(c[k] for c in cells) / len(cells)) for k in ("evaluations", "gradients", "seconds")}
+            for name, cells in peers.items()
+        }
+        for model, peers in result.items()
+    }
+
+
+def document(rows: list[dict]) -> dict:
+    def short(row: dict) -> dict:
+        head = {k: row[k] for k in ("model", "solver", "steps", "seed", "noises")}
+        measures = {
+            k: {n: c[k] for n, c in row["methods"].items() if k in c}
+            for k in ("rmse", "median", "sw", "fd")
+            if k in row["methods"][OURS]
+        }
+        return head | {"ours": row["ours"], "sigmas": row["methods"][OURS]["sigmas"], "against": row["against"]} | measures
+
+    about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    summary = {"summary": summarise(rows), "lost": lost(rows), "cost_of_peers": cost_of_peers(rows)}
+    return about | summary | {"cells": [short(row) for row in rows]}
+
+
+def write_document(file: Path, doc: dict) -> None:
+    """One line for a cell, so that the file can be read and compared."""
+    cells = ",\n".join(" " + json.dumps(cell) for cell in doc["cells"])
+    head = json.dumps({k: v for k, v in doc.items() if k != "cells"}, indent=1)
+    draft = file.with_suffix(".part")
+    draft.write_text(head[:-2] + ',\n "cells": [\n' + cells + "\n ]\n}\n")
+    draft.replace(file)
+
+
+# --- figure -------------------------------------------------------------------------------------------------------
+
+SHOWN = {
+    "karras": ("karras", COLOURS["karras"], "-"),
+    "log_linear": ("log-linear", COLOURS["log-linear"], "-"),
+    "kl_optimal": ("kl-optimal", "C4", "-"),
+    "dmn": ("DMN", "C5", "-"),
+    "ays": ("AYS", "C6", ":"),
+    "gits_l2": ("GITS (L2)", "C9", ":"),
+    "oss": ("OSS", "C8", ":"),
+    "ld3": ("LD3", "C3", ":"),
+    CURVE: ("fewstep, curve alone", COLOURS["learned"], "--"),
+    OURS: ("fewstep", COLOURS["learned"], "-"),
+}
+TITLES = {
+    "ring": "8 modes, 2-D",
+    "modes64": "10 modes, 64-D",
+    "spectrum": "image-like spectrum, 64-D",
+    "digits": "digits 8 x 8",
+    "mnist_slim": "MNIST DDPM 32 x 32",
+    "fashion": "Fashion-MNIST 28 x 28",
+}
+
+
+def draw(doc: dict, file: Path, solvers: tuple[str, ...] = ("dpmpp_2m", "unipc")) -> None:
+    """Endpoint error against the number of steps: a row for a solver, a column for a model, means over seeds."""
+    models = [m for m in TITLES if any(c["model"] == m for c in doc["cells"])]
+    figure, axes = plt.subplots(
+        len(solvers), len(models), figsize=(2.6 * len(models) + 0.4, 2.5 * len(solvers) + 0.6), squeeze=False
+    )
+    handles: dict[str, object] = {}
+    for i, solver in enumerate(solvers):
+        for j, model in enumerate(models):
+            axis = axes[i, j]
+            cells = [c for c in doc["cells"] if c["model"] == model and c["solver"] == solver]
+            if not cells:
+                axis.axis("off")
+                continue
+            for name, (label, colour, style) in SHOWN.items():
+                steps = sorted({c["steps"] for c in cells if name in c["rmse"]})
+                errors = [geometric(c["rmse"][name] for c in cells if c["steps"] == n and name in c["rmse"]) for n in steps]
+                ours = name in (OURS, CURVE)
+                mark = "o" if ours or len(steps) < 4 else None
+                look = {"lw": 2.2 if name == OURS else 1.1, "ms": 3.5, "zorder": 3 if ours else 2}
+                (line,) = axis.plot(steps, errors, color=colour, ls=style, marker=mark, label=label, **look)
+                handles.setdefault(label, line)
+            ticks = sorted({c["steps"] for c in cells})
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks([t for t in ticks if t != 5], [str(t) for t in ticks if t != 5])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.xaxis.set_minor_locator(plt.NullLocator())
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            if j == 0:
+                axis.set_ylabel(f"{solver}: endpoint error")
+            if i == 0:
+                axis.set_title(TITLES[model], fontsize=9)
+            if i == len(solvers) - 1:
+                axis.set_xlabel("steps")
+    figure.tight_layout(rect=(0, 0.11 if len(solvers) > 1 else 0.2, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, frameon=False, fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--digits", metavar="RUN", help="folder of `fewstep train --data digits`")
+    parser.add_argument("--mnist", metavar="DATA", help="where MNIST's idx files lie: adds examples/mnist_slim.py")
+    parser.add_argument("--fashion", metavar="RUN", help="folder of `fewstep train --data fashion-mnist`")
+    parser.add_argument("--fashion-data", metavar="DATA", help="where Fashion-MNIST's idx files lie")
+    parser.add_argument("--models", nargs="+", help="only these of ring, modes64, spectrum, digits, mnist_slim, fashion")
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, help="only these")
+    parser.add_argument("--steps", nargs="+", type=int, help="only these")
+    parser.add_argument("--seeds", type=int, help="as many; default 3, and 1 for the convolutions")
+    parser.add_argument("--rows", type=Path, default=HERE.parent / "runs" / "schedules", help="where finished cells are kept")
+    parser.add_argument("--peers", type=Path, metavar="ROWS", help="take the peers' levels from these rows, made before")
+    parser.add_argument("--draw", action="store_true", help="only the summary and the figure")
+    parser.add_argument("--no-draw", action="store_true", help="only the rows: another command is at work as well")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    if not args.draw:
+        run(args)
+    if not args.no_draw:
+        doc = document(rows_in(args.rows))
+        write_document(args.out, doc)
+        draw(doc, PICTURE)
+        print(schedules(doc))
+
+
+if __name__ == "__main__":
+    main()
