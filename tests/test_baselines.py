@@ -12,7 +12,7 @@ from scipy.optimize import differential_evolution, minimize
 from scipy.stats import beta as beta_distribution
 
 from fewstep import schedule
-from fewstep.baselines import PEERS, Problem, ays, beta, cheapest, dmn_bound, entropic, fit, gits, klub, ld3, oss
+from fewstep.baselines import PEERS, Problem, ays, cheapest, dmn_bound, entropic, fit, gits, klub, ld3, oss
 from fewstep.denoiser import Denoiser, OnPath
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP
@@ -107,11 +107,11 @@ def test_beta_against_scipy():
     p = problem(ring(), 7)
     t_high, t_low = (float(VP().time(math.atan(level))) for level in (HIGH, LOW))
     quantiles = beta_distribution(0.6, 0.6).ppf(np.linspace(1, 0, 7))
-    np.testing.assert_allclose(beta(p)[:-1], VP().ratio(t_low + quantiles * (t_high - t_low)), rtol=1e-9)
+    np.testing.assert_allclose(fit("beta", p).sigmas[:-1], VP().ratio(t_low + quantiles * (t_high - t_low)), rtol=1e-6)
 
 
 def test_beyond_the_linear_beta_path_beta_keeps_the_range():
-    assert float(beta(problem(ring(), 4, high=500.0))[0]) == 500
+    assert float(fit("beta", problem(ring(), 4, high=500.0)).sigmas[0]) == pytest.approx(500)
 
 
 def test_dmn_bound_by_quadrature():

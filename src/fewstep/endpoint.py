@@ -52,6 +52,13 @@ def local_error_order(solver: str) -> int:
     return min(ORDER[solver], 2)
 
 
+def require_deterministic(solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if solver in STOCHASTIC:
+        raise ValueError(f"{solver} has no end to compare: it draws noise; choose a deterministic solver, such as dpmpp_2m")
+
+
 def deal(cond: Mapping[str, Tensor] | None, rows: Tensor) -> dict[str, Tensor] | None:
     """The conditions of these noises: row i of n conditions goes to the noises i, i + n, i + 2n, .."""
     return {k: v[(rows % len(v)).to(v.device)] for k, v in cond.items()} if cond else None
@@ -72,8 +79,7 @@ class Runs:
         batch_size: int = 512,
         tick: Callable[[int], object] = ignore,
     ):
-        if solver in STOCHASTIC:
-            raise ValueError(f"{solver} has no end to compare: it draws noise; choose a deterministic solver, such as dpmpp_2m")
+        require_deterministic(solver)
         self.denoiser, self.solver, self.noise, self.cond, self.tick = denoiser, solver, noise, cond, tick
         self.batches = torch.arange(len(noise)).split(batch_size)
         self.evaluations = 0

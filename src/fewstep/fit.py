@@ -173,12 +173,12 @@ def _tailored(
     if (folder / DRAFT).exists():
         schedule = Schedule.load(folder / DRAFT)
     else:
-        with meter(config.budget - known.evaluations, "curve") as tick:
+        with meter(config.budget * denoiser.evaluations - known.evaluations, "curve") as tick:
             schedule = fit_curve(denoiser, config.solver, known, budget=config.budget, tick=tick, **about)
         schedule.save(folder / DRAFT)
     for n in config.steps:
         if n not in schedule.grids:
-            with meter(config.budget, f"refining {n} steps") as tick:
+            with meter(config.budget * denoiser.evaluations, f"refining {n} steps") as tick:
                 schedule = refine_steps(denoiser, schedule, n, known, budget=config.budget, tick=tick, **about)
             schedule.save(folder / DRAFT)
     return schedule

@@ -56,11 +56,12 @@ class Bounds(NamedTuple):
         return torch.maximum(self.high - gaps.cumsum(0), floor)
 
 
-def bounds_of(denoiser: Denoiser, sigma_min: float) -> Bounds:
-    """The first level may move on a VE path only: there every runtime starts from that level's own noise."""
+def bounds_of(denoiser: Denoiser, theta: Tensor) -> Bounds:
+    """From the first to the last of the levels theta. The first level may move on a VE path only: there every runtime starts
+    from that level's own noise."""
     path = denoiser.path
-    bent = bend(torch.stack([torch.atan(torch.tensor(sigma_min, dtype=torch.float64)), path.angle(1.0)]))
-    return Bounds(float(bent[0]), float(bent[1]), free_start=float(path.alpha(1.0)) == 1.0)
+    first = path.angle(1.0) if path.ends_in_pure_noise() else theta[0]
+    return Bounds(float(bend(theta[-1])), float(bend(first)), free_start=float(path.alpha(1.0)) == 1.0)
 
 
 def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int) -> tuple[Tensor, float]:
@@ -75,13 +76,15 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
     gaps = bounds.gaps(bent)
     bent = bounds.levels(gaps)
     r, log = residual(bent)
+    if len(bent) == 1 and not bounds.free_start:
+        return bent, float(r @ r) / len(r)
     one_run = runs.evaluations - spent
-    jacobian, age, damping = None, 0, 1e-2
+    jacobian, moves, failures, damping = None, 0, 0, 1e-2  # moves, failures: since the Jacobian was taken, in a row
     while runs.evaluations - spent + one_run <= budget:
         if jacobian is None:
             if runs.evaluations - spent + one_run * (len(bent) + 5) // 2 > budget:
                 break
-            jacobian, age = _jacobian(residual, r, log, bent, gaps, bounds)[:, free], 0
+            jacobian, moves, failures = _jacobian(residual, r, log, bent, gaps, bounds)[:, free], 0, 0
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ r
         scale = normal.diagonal() + 1e-9 * normal.trace()
         step = -torch.linalg.solve(normal + damping * scale.diag(), gradient)
@@ -91,22 +94,23 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
         trial = bounds.levels(moved)
         moved = bounds.gaps(trial)
         r_trial, log_trial = residual(trial)
-        age, finite = age + 1, bool(torch.isfinite(r_trial).all())
+        better = bool(torch.isfinite(r_trial).all()) and bool(r_trial @ r_trial < r @ r)
         step = (moved[free] / gaps[free]).log()
-        if finite and float(step @ step) > 0:
+        if (better or moves) and bool(torch.isfinite(r_trial).all()) and float(step @ step) > 0:
             jacobian = jacobian + torch.outer(r_trial - r - jacobian @ step, step) / (step @ step)
-        if finite and r_trial @ r_trial < r @ r:
+        if better:
             gain = 1 - float((r_trial @ r_trial) / (r @ r))
             gaps, bent, r, log, damping = moved, trial, r_trial, log_trial, max(damping / 4, 1e-6)
+            moves, failures = moves + 1, 0
             if gain < STOP:
-                if age == 1:
+                if moves == 1:
                     break
                 jacobian = None
         else:
-            damping = max(6 * damping, 1e-3)
-            if age == 3:
+            failures, damping = failures + 1, max(6 * damping, 1e-3)
+            if moves and failures == 2:
                 jacobian = None
-            elif age > 5:
+            elif damping > 1e5:
                 break
     return bent, float(r @ r) / len(r)
 
@@ -135,7 +139,6 @@ def refine(
     starts: Mapping[str, Schedule],
     *,
     cond: Mapping[str, Tensor] | None = None,
-    sigma_min: float | None = None,
     budget: int = 15_000,
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
@@ -144,9 +147,10 @@ def refine(
 
     All starts are tried on a few noises, the best STARTS moved on those, the best outcome moved on as many as the budget
     allows. The first quarter of the noises, which nothing was fitted to, judges between start and outcomes. Spends at
-    most `budget` evaluations, and raises ValueError where that is too few to move anything.
+    most `budget` evaluations, twice that where each is two by guidance; raises ValueError where that is too few.
     """
-    bounds = bounds_of(denoiser, denoiser.path.sigma_min if sigma_min is None else sigma_min)
+    budget = budget * denoiser.evaluations
+    bounds = bounds_of(denoiser, known.theta)
     one_run = evaluations_of(solver, steps) * denoiser.evaluations  # of one noise
     jacobian = one_run * (steps + 1) // 2
     held = len(known.noise) // 4

@@ -80,7 +80,7 @@ def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
     for name in next(iter(rows.values())):
         colour = {"learned": "C2", "default": "C0"}.get(name, "0.7")
         marker = {"to data": "v"}.get(name[-7:], "o")
-        axis.loglog(list(rows), [errors[name] for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1)
+        axis.loglog(list(rows), [errors[name] or math.nan for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1)
         if name in ("learned", "default"):
             axis.plot([], [], marker + "-", color=colour, ms=4, lw=1, label=name)
     axis.plot([], [], "o-", color="0.7", ms=4, lw=1, label="free, down to sigma_min and then data")

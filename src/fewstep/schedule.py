@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from scipy.interpolate import PchipInterpolator
+from scipy.special import betaincinv
 from torch import Tensor
 
-from fewstep.path import HALF_PI, Path, as_time
+from fewstep.path import HALF_PI, VP, Path, as_time
 
 FORMAT, VERSION = "fewstep.schedule", 2
 KNOTS = 1025  # of a named schedule's curve: grids of up to 256 steps are then within 1e-6 of the formula
@@ -136,7 +137,7 @@ class Schedule:
             "u": self.u.tolist(),
             "theta": self.theta.tolist(),
             "grids": {str(n): grid.tolist() for n, grid in self.grids.items()},
-            "provenance": self.provenance,
+            "provenance": _finite(self.provenance),
         }
 
     @classmethod
@@ -146,8 +147,10 @@ class Schedule:
             raise ValueError(f'not a schedule: it lacks "format": "{FORMAT}"')
         if document.get("version") not in (1, VERSION):
             raise ValueError(f"version {document.get('version')} of the format; this fewstep reads up to {VERSION}: upgrade")
-        later: dict[str, Any] = {} if document["version"] == 1 else {k: document.get(k) for k in ("to_data", "grids")}
+        later: dict[str, Any] = {}
         try:
+            if document["version"] > 1:
+                later = {"to_data": bool(document["to_data"]), "grids": document["grids"]}
             return cls(**{k: document[k] for k in ("u", "theta", "name", "pure_noise", "provenance")}, **later)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"a damaged schedule: {error}") from error
@@ -167,6 +170,15 @@ class Schedule:
             raise ValueError(f"{file} is not a schedule: it is not JSON ({error})") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: None stands for the error of a grid that overflowed."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bend(theta: Tensor) -> Tensor:
@@ -270,7 +282,20 @@ def cosine(sigma_min: float = 0.002, sigma_max: float = math.inf) -> Schedule:
     return _uniform_in("cosine", torch.atan, torch.tan, sigma_min, sigma_max)
 
 
-NAMED: dict[str, Callable[..., Schedule]] = {f.__name__: f for f in (karras, log_linear, kl_optimal, linear, cosine)}
+def beta(sigma_min: float = 0.002, sigma_max: float = 80.0, a: float = 0.6, b: float = 0.6) -> Schedule:
+    """Quantiles of Beta(a, b) in the timesteps of the linear-beta VP path, over the range (Lee et al. 2024)."""
+    clock, ends = VP(), torch.atan(as_time([sigma_max, sigma_min]))
+    first, last = clock.time(ends)
+    u = (1 - torch.cos(math.pi * torch.linspace(0, 1, KNOTS, dtype=torch.float64))) / 2  # the quantiles are steep at both ends
+    share = torch.from_numpy(betaincinv(a, b, (1 - u).numpy()))
+    theta = clock.angle(last + share * (first - last))
+    theta[0], theta[-1] = ends
+    return Schedule(
+        u, theta, "beta", provenance={"named": "beta", "sigma_min": sigma_min, "sigma_max": sigma_max, "a": a, "b": b}
+    )
+
+
+NAMED: dict[str, Callable[..., Schedule]] = {f.__name__: f for f in (karras, log_linear, kl_optimal, linear, cosine, beta)}
 
 
 def free_schedules(sigma_min: float, sigma_max: float) -> dict[str, Schedule]:

@@ -29,6 +29,7 @@ from fewstep.endpoint import (
     local_error_order,
     mean_square,
     reference,
+    require_deterministic,
 )
 from fewstep.refine import bounds_of, descend, refine
 from fewstep.schedule import Schedule, bend, free_schedules, from_costs, unbend
@@ -87,7 +88,8 @@ def fit_curve(
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
 ) -> Schedule:
-    """The best curve for a deterministic solver, within `budget` evaluations, the reference's included.
+    """The best curve for a deterministic solver, within `budget` evaluations (twice that where each is two by guidance), the
+    reference's included.
 
     Its provenance holds the errors of all the curves that competed, the split-half error of the learned one and the
     evaluations spent.
@@ -100,15 +102,17 @@ def fit_curve(
         name: replace(free[name], pure_noise=pure_noise)
         for name in ("karras to data", "log_linear to data", "kl_optimal to data", "linear to data")
     }
-    left, cost_of = budget - known.evaluations, denoiser.evaluations
+    left, cost_of = budget * denoiser.evaluations - known.evaluations, denoiser.evaluations
     each = sum(evaluations_of(solver, n) for n in TRIED_AT) * cost_of * (len(curves) + 1)
     held = len(known.noise) // 4
+    if held < AT_LEAST:
+        raise ValueError(f"a reference of {len(known.noise)} noises is too small; want at least {4 * AT_LEAST}")
     judged = min(held, int(0.6 * left) // each)
     moving = evaluations_of(solver, MIDDLING) * cost_of
     moved = min(len(known.noise) - held, (left - judged * each) // (moving * (MIDDLING + 21) // 2))
     if min(judged, moved) < AT_LEAST:
         raise ValueError(
-            f"{budget} evaluations are too few to fit a curve after a reference of {known.evaluations}: want about "
+            f"{budget * cost_of} evaluations are too few to fit a curve after a reference of {known.evaluations}: want about "
             f"{known.evaluations + AT_LEAST * (each + moving * (MIDDLING + 21) // 2)}, or a reference of fewer noises"
         )
     rows = torch.arange(len(known.noise))
@@ -127,7 +131,7 @@ def fit_curve(
     best = min(scores, key=total)
     start = bend(curves[best].angles(MIDDLING)[:-1])
     remaining = left - judge.evaluations - judged * each // (len(curves) + 1)
-    bent, _ = descend(fit, known.ends[fitted], start, bounds_of(denoiser, sigma_min), remaining)
+    bent, _ = descend(fit, known.ends[fitted], start, bounds_of(denoiser, known.theta), remaining)
     passing = through(unbend(bent), learned)
     curves[passing.name], scores[passing.name] = passing, errors(passing)
     best = min(scores, key=total)
@@ -172,7 +176,6 @@ def refine_steps(
         known,
         starts,
         cond=cond,
-        sigma_min=about["sigma_min"],
         budget=budget,
         batch_size=batch_size,
         tick=tick,
@@ -198,6 +201,7 @@ def tailor(
     device: str = "cpu",
 ) -> Schedule:
     """All of it, for a deterministic solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`."""
+    require_deterministic(solver)
     noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
     low, high = level_range(denoiser, sigma_min, sigma_max)
     known = reference(denoiser, noise, cond, levels=LEVELS, sigma_min=low, sigma_max=high, batch_size=batch_size)

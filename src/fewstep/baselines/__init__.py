@@ -31,7 +31,7 @@ import torch
 from fewstep import schedule
 from fewstep.baselines.denoising import ays, entropic, klub
 from fewstep.baselines.endpoint import ld3
-from fewstep.baselines.free import beta, dmn, dmn_bound, named, to_data
+from fewstep.baselines.free import dmn, dmn_bound, named, to_data
 from fewstep.baselines.problem import Counted, Fit, Peer, Problem
 from fewstep.baselines.teacher import cheapest, gits, oss
 
@@ -42,7 +42,6 @@ __all__ = [
     "Peer",
     "Problem",
     "ays",
-    "beta",
     "cheapest",
     "dmn",
     "dmn_bound",
@@ -61,7 +60,7 @@ CURVES: dict[str, Peer] = {
     "log_linear": named(schedule.log_linear),
     "kl_optimal": named(schedule.kl_optimal),
     "linear": named(schedule.linear),
-    "beta": beta,
+    "beta": named(schedule.beta),
     "entropic": entropic,
     "entropic_rescaled": partial(entropic, rescaled=True),
 }

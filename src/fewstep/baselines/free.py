@@ -10,12 +10,11 @@ from functools import partial
 import numpy as np
 import torch
 from scipy.optimize import LinearConstraint, minimize
-from scipy.special import betaincinv
 from torch import Tensor
 
 from fewstep import schedule
 from fewstep.baselines.problem import Peer, Problem, ending_in_data
-from fewstep.path import VP, as_time
+from fewstep.path import as_time
 from fewstep.schedule import Schedule
 
 
@@ -26,17 +25,6 @@ def named(make: Callable[..., Schedule]) -> Peer:
 def to_data(curve: Peer) -> Peer:
     """The curve's N steps from sigma_max to sigma_min as the N steps to data."""
     return lambda p: ending_in_data(curve(replace(p, steps=p.steps + 1))[:-1])
-
-
-def beta(p: Problem, a: float = 0.6, b: float = 0.6) -> Tensor:
-    """Quantiles of Beta(a, b) in the timesteps of the linear-beta VP path, over the range (Lee et al. 2024, Sec. 3)."""
-    low, high = p.ends
-    clock = VP()
-    first, last = clock.time(torch.atan(as_time([high, low])))
-    share = torch.from_numpy(betaincinv(a, b, np.linspace(1, 0, p.steps)))
-    sigmas = torch.cat([clock.ratio(last + share * (first - last)), as_time([0.0])])
-    sigmas[0], sigmas[-2] = high, low  # where sigma_max is beyond that path
-    return sigmas
 
 
 def dmn_bound(half_log_snr: Tensor) -> Tensor:
