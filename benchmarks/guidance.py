@@ -1,6 +1,6 @@
 """Is the schedule of a guided model its own? Of one class? Of a copy with other weights?
 
-    python benchmarks/guidance.py                    three seeds, about 15 minutes; writes guidance.json and its picture
+    python benchmarks/guidance.py                    three seeds, 5 minutes of CPU; writes guidance.json and its picture
     python benchmarks/guidance.py --model FOLDER     and how far copies of a trained model drift: bfloat16, int8, noise
     python benchmarks/guidance.py --draw             only the picture, from the JSON
 

@@ -542,7 +542,6 @@ def test_a_document_that_is_no_schedule_is_refused(document):
         Schedule.from_dict(document)
 
 
-@pytest.mark.xfail(strict=True, reason="a missing to_data is stored as None, and angles() then fails")
 def test_a_version_two_document_without_to_data_is_refused():
     document = refined().to_dict()
     del document["to_data"]
@@ -660,7 +659,7 @@ def test_no_stretch_of_levels_is_skipped_with_damping():
 
 def test_the_free_schedules_are_the_named_ones_in_both_readings_over_the_range():
     free = free_schedules(0.01, 50.0)
-    names = ["karras", "log_linear", "kl_optimal", "linear", "karras (rho 3)"]
+    names = ["karras", "log_linear", "kl_optimal", "linear", "beta", "karras (rho 3)"]
     assert set(free) == {*names, *(f"{name} to data" for name in names)}
     own = {"karras (rho 3)": karras(0.01, 50.0, rho=3.0)} | {name: NAMED[name](0.01, 50.0) for name in names[:-1]}
     for name, curve in own.items():

@@ -324,7 +324,6 @@ def test_a_stochastic_solver_is_refused(solver):
 # --- what is known not to work ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="found out after the whole reference has been paid for")
 @pytest.mark.parametrize("solver", [*sorted(STOCHASTIC), "nonsense"])
 def test_an_unsuitable_solver_is_refused_before_the_model_is_asked(solver):
     model = Counting(ring())
@@ -347,6 +346,5 @@ def test_the_budget_that_a_refusal_asks_for_will_do():
         tailor(ring(), "euler", noises=64, budget=int(0.9 * budget))
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a quarter of 40 noises is fewer than 12 at any budget")
 def test_the_budget_that_a_refusal_asks_for_will_do_where_the_noises_are_too_few():
     tailor(ring(), "euler", noises=40, budget=2 * enough(40))

@@ -126,7 +126,7 @@ def test_the_errors_are_the_endpoint_errors_of_every_grid_and_are_counted(path, 
     known = reference(model.denoiser, noise(20))
     verdict = judge(model, solver, schedule, [3, 5], known, tick=ticks.append)
     free = {name: replace(s, pure_noise=pure) for name, s in free_schedules(**own).items()}
-    assert len(free) == 10
+    assert len(free) == 12
     assert verdict["measure"] == "endpoint error"
     assert verdict["noises"] == 20
     assert list(verdict["steps"]) == ["3", "5"]
@@ -358,7 +358,6 @@ def test_a_free_schedule_that_overflows_is_not_the_best_and_a_learned_one_that_d
     assert math.isfinite(mean_square(Runs(model, "euler", known.noise), kept.angles(6)[:-1], known.ends))
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="infinite errors are written into the file, which is JSON")
 def test_a_verdict_on_a_free_schedule_that_overflows_can_be_saved(known, tmp_path):
     model = Overflowing(ring(), float(karras().sigmas(6)[3]))
     verdict = judge(model, "euler", GOOD, [6], known)
@@ -366,7 +365,6 @@ def test_a_verdict_on_a_free_schedule_that_overflows_can_be_saved(known, tmp_pat
     guard(GOOD, verdict).save(tmp_path / "s.json")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="solve raises where a run overflows, and nobody catches it")
 def test_one_grid_that_overflows_does_not_end_the_judgement_of_a_stochastic_solver(known):
     model = Overflowing(ring(), float(karras().sigmas(6)[3]))
     verdict = judge(model, "ancestral", GOOD, [6], known)

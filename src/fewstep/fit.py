@@ -35,20 +35,21 @@ from fewstep.commands import (
     silent,
 )
 from fewstep.config import Condition, LearnConfig, Source
+from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided
-from fewstep.endpoint import Reference, ignore, level_range, reference
+from fewstep.endpoint import Reference, deal, ignore, level_range, reference, require_deterministic
 from fewstep.learn import learn_schedule
 from fewstep.run import fingerprint, open_run
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
-from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps
+from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
 from fewstep.verdict import guard, interval, judge, settle
 
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
 FINE = 96  # levels of the verdict's reference
 JUDGED = (6, 10)  # where no numbers of steps were asked for
-DRIFT = 1.25  # an error that has grown by this factor asks for a new fit
+DRIFT = 1.25  # a ratio to the best free schedule that has grown by this factor asks for a new fit
 
 
 @contextmanager
@@ -81,6 +82,19 @@ def load_condition(condition: Condition, denoiser: Denoiser) -> tuple[Denoiser, 
     return Guided(denoiser, condition.guidance, none), cond
 
 
+def require_answer(denoiser: Denoiser, form: tuple[int, ...], cond: Mapping[str, Tensor] | None, device: str) -> None:
+    """Ask the model once, so that a wrong shape or condition is found before anything is written."""
+    try:
+        with torch.no_grad():
+            denoiser(torch.zeros(1, *form, device=device), 0.5, deal(cond, torch.arange(1)))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        fault = f"{error}".strip().splitlines()
+        raise ValueError(
+            f"the model does not take a sample of shape {form} with the conditions {sorted(cond or {})}: "
+            f"{fault[0] if fault else type(error).__name__}; see --shape and --cond"
+        ) from error
+
+
 def fit(
     model: str,
     source: Source | None,
@@ -97,6 +111,11 @@ def fit(
     cost = config.cost or ("corrector" if config.solver in STOCHASTIC else "endpoint")
     if config.steps and cost != "endpoint":
         raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave --steps out")
+    if cost == "endpoint":
+        require_deterministic(config.solver)
+        require_budget(config.solver, config.steps, config.budget, config.noises)
+    if cost == "predictor" and config.solver not in PREDICTOR_ORDERS:
+        raise ValueError(f"cost 'predictor' needs a solver among {', '.join(PREDICTOR_ORDERS)}, got {config.solver!r}")
     denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
     settings = model_settings(model, denoiser, out) | dataclasses.asdict(config) | dataclasses.asdict(condition)
     x0 = None
@@ -112,6 +131,7 @@ def fit(
                 f"the conditions have {len(next(iter(cond.values())))} rows for {len(x0)} data; give one each, or no data"
             )
     low, high = level_range(denoiser, config.sigma_min, config.sigma_max)
+    require_answer(denoiser, form, cond, device)
     folder = open_run(out, "schedule", settings | {"shape": list(form)})
     if (folder / SCHEDULE).exists():
         return folder, Schedule.load(folder / SCHEDULE)
@@ -138,7 +158,7 @@ def fit(
         )
     learned = pass_judgement(denoiser, learned, config, form, about, device, meter)
     said = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
-    said |= {"data": source.data if source else None, "guidance": condition.guidance, "conditions": condition.cond}
+    said |= {"data_set": source.data if source else None, "guidance": condition.guidance, "conditions": condition.cond}
     learned = dataclasses.replace(learned, provenance=said | learned.provenance)
     report.curve_figure(folder / "curve.png", baselines(learned) | {"learned": learned}, sorted(learned.grids)[:4] or (4, 9))
     report.verdict_figure(folder / "verdict.png", learned.provenance["verdict"])
@@ -234,10 +254,11 @@ def check(
     for n, row in now["steps"].items():
         kept = before["kept"][n]
         was, error = before["steps"][n]["errors"][kept], row["errors"]["learned"]
-        refit |= error > DRIFT * was or row["against_best_free"]["low"] > 1
+        before_ratio = before["steps"][n]["against_best_free"]["ratio"] if kept == "learned" else 1.0
+        refit |= row["against_best_free"]["ratio"] > DRIFT * before_ratio or row["against_best_free"]["low"] > 1
         lines.append(
             f"{n} steps of {now['solver']}: {now['measure']} {error:.4g}, it was {was:.4g} ({error / was:.2f} times); "
-            f"{interval(row['against_best_free'])} of the best free schedule's ({row['best_free']})"
+            f"{interval(row['against_best_free'])} of the best free schedule's ({row['best_free']}), it was {before_ratio:.2f}"
         )
     says = "refit: the schedule no longer suits this model" if refit else "keep: the schedule still suits this model"
     return now | {"refit": refit}, [*lines, f"{says}; {now['evaluations']:,} evaluations"]

@@ -131,6 +131,17 @@ def _jacobian(residual: Callable, r: Tensor, log: Log, bent: Tensor, gaps: Tenso
     return -torch.stack(columns, 1).flip(1).cumsum(1).flip(1) * gaps
 
 
+def noises_for(solver: str, steps: int, starts: int, budget: int) -> int:
+    """How many noises the starts can be tried on and moved on; raises ValueError where they are too few."""
+    one_run = evaluations_of(solver, steps)
+    trying, moving = one_run * starts, one_run * (steps + 1) // 2 + 3 * one_run
+    affordable = min(SCREENING, int(0.2 * budget) // trying, int(0.15 * budget) // moving)
+    if affordable < 4:
+        least = max(20 * trying, 27 * moving)
+        raise ValueError(f"{budget} evaluations are too few to refine {steps} steps of {solver}; want at least {least}")
+    return affordable
+
+
 def refine(
     denoiser: Denoiser,
     solver: str,
@@ -159,13 +170,9 @@ def refine(
         index = torch.arange(len(known.noise))[rows]
         return Runs(denoiser, solver, known.noise[rows], deal(cond, index), batch_size, tick), known.ends[rows]
 
-    affordable = min(SCREENING, int(0.2 * budget) // (one_run * len(starts)), int(0.15 * budget) // (jacobian + 3 * one_run))
-    if affordable < 4 or len(known.noise) < 16:
-        least = max(20 * one_run * len(starts), 27 * (jacobian + 3 * one_run))
-        raise ValueError(
-            f"{budget} evaluations and {len(known.noise)} noises are too few to refine {steps} steps of {solver} from "
-            f"{len(starts)} starts; want at least {least} and 16"
-        )
+    affordable = noises_for(solver, steps, len(starts), budget // denoiser.evaluations)
+    if len(known.noise) < 16:
+        raise ValueError(f"want a reference of at least 16 noises, got {len(known.noise)}")
     screen, screen_ends = on(slice(held, held + affordable))
     tried = {}
     for name, schedule in starts.items():

@@ -284,6 +284,8 @@ def cosine(sigma_min: float = 0.002, sigma_max: float = math.inf) -> Schedule:
 
 def beta(sigma_min: float = 0.002, sigma_max: float = 80.0, a: float = 0.6, b: float = 0.6) -> Schedule:
     """Quantiles of Beta(a, b) in the timesteps of the linear-beta VP path, over the range (Lee et al. 2024)."""
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"beta needs 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}")
     clock, ends = VP(), torch.atan(as_time([sigma_max, sigma_min]))
     first, last = clock.time(ends)
     u = (1 - torch.cos(math.pi * torch.linspace(0, 1, KNOTS, dtype=torch.float64))) / 2  # the quantiles are steep at both ends

@@ -31,7 +31,7 @@ from fewstep.endpoint import (
     reference,
     require_deterministic,
 )
-from fewstep.refine import bounds_of, descend, refine
+from fewstep.refine import bounds_of, descend, noises_for, refine
 from fewstep.schedule import Schedule, bend, free_schedules, from_costs, unbend
 from fewstep.solvers import evaluations_of
 
@@ -39,6 +39,7 @@ NOISES, LEVELS, BUDGET = 128, 48, 15_000
 DAMPING = 0.05  # share of the mean length in every step of the curve of equal local error
 TRIED_AT = (5, 9, 16)  # numbers of steps at which the curves compete
 MIDDLING = 8  # the number of steps whose refined levels make a curve
+COMPETING = 6  # curves: of equal local error, through refined levels, and four free ones
 AT_LEAST = 12  # noises that a curve competes on, and that its levels are fitted to
 
 
@@ -78,6 +79,30 @@ def through(theta: Tensor, like: Schedule) -> Schedule:
     return Schedule(u, torch.cat([theta, end]), f"through {len(theta)} refined levels", like.pure_noise, to_data=True)
 
 
+def shares(solver: str, noises: int, left: int) -> tuple[int, int]:
+    """How many noises the curves compete on, and how many the levels of the last are fitted to, for `left` evaluations."""
+    held, each = noises // 4, sum(evaluations_of(solver, n) for n in TRIED_AT) * COMPETING
+    moving = evaluations_of(solver, MIDDLING) * (MIDDLING + 21) // 2
+    judged = min(held, max(0, int(0.6 * left)) // each)
+    moved = min(noises - held, max(0, left - judged * each) // moving)
+    if held < AT_LEAST:
+        raise ValueError(f"{noises} noises are too few; want at least {4 * AT_LEAST}")
+    if min(judged, moved) < AT_LEAST:
+        least = math.ceil(AT_LEAST * max(each / 0.6, each + moving)) + AT_LEAST
+        raise ValueError(
+            f"the budget leaves {left} evaluations for the curve after the reference; want at least {least} more than it"
+        )
+    return judged, moved
+
+
+def require_budget(solver: str, steps: Sequence[int], budget: int, noises: int) -> None:
+    """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
+    shares(solver, noises, budget - noises * LEVELS)
+    starts = len(free_schedules(0.1, 1.0)) + 2
+    for n in steps:
+        noises_for(solver, n, starts, budget)
+
+
 def fit_curve(
     denoiser: Denoiser,
     solver: str,
@@ -103,18 +128,9 @@ def fit_curve(
         for name in ("karras to data", "log_linear to data", "kl_optimal to data", "linear to data")
     }
     left, cost_of = budget * denoiser.evaluations - known.evaluations, denoiser.evaluations
+    judged, moved = shares(solver, len(known.noise), left // cost_of)
     each = sum(evaluations_of(solver, n) for n in TRIED_AT) * cost_of * (len(curves) + 1)
     held = len(known.noise) // 4
-    if held < AT_LEAST:
-        raise ValueError(f"a reference of {len(known.noise)} noises is too small; want at least {4 * AT_LEAST}")
-    judged = min(held, int(0.6 * left) // each)
-    moving = evaluations_of(solver, MIDDLING) * cost_of
-    moved = min(len(known.noise) - held, (left - judged * each) // (moving * (MIDDLING + 21) // 2))
-    if min(judged, moved) < AT_LEAST:
-        raise ValueError(
-            f"{budget * cost_of} evaluations are too few to fit a curve after a reference of {known.evaluations}: want about "
-            f"{known.evaluations + AT_LEAST * (each + moving * (MIDDLING + 21) // 2)}, or a reference of fewer noises"
-        )
     rows = torch.arange(len(known.noise))
     judge = Runs(denoiser, solver, known.noise[:judged], deal(cond, rows[:judged]), batch_size, tick)
     fitted = slice(held, held + moved)
@@ -202,6 +218,7 @@ def tailor(
 ) -> Schedule:
     """All of it, for a deterministic solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`."""
     require_deterministic(solver)
+    require_budget(solver, steps, budget, noises)
     noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
     low, high = level_range(denoiser, sigma_min, sigma_max)
     known = reference(denoiser, noise, cond, levels=LEVELS, sigma_min=low, sigma_max=high, batch_size=batch_size)
