@@ -138,7 +138,9 @@ def noises_for(solver: str, steps: int, starts: int, budget: int) -> int:
     affordable = min(SCREENING, int(0.2 * budget) // trying, int(0.15 * budget) // moving)
     if affordable < 4:
         least = max(20 * trying, 27 * moving)
-        raise ValueError(f"{budget} evaluations are too few to refine {steps} steps of {solver}; want at least {least}")
+        raise ValueError(
+            f"{budget} evaluations are too few to refine {steps} steps of {solver} from {starts} starts; want at least {least}"
+        )
     return affordable
 
 
@@ -172,7 +174,7 @@ def refine(
 
     affordable = noises_for(solver, steps, len(starts), budget // denoiser.evaluations)
     if len(known.noise) < 16:
-        raise ValueError(f"want a reference of at least 16 noises, got {len(known.noise)}")
+        raise ValueError(f"{len(known.noise)} noises are too few to refine {steps} steps of {solver}; want at least 16")
     screen, screen_ends = on(slice(held, held + affordable))
     tried = {}
     for name, schedule in starts.items():

@@ -86,11 +86,12 @@ def shares(solver: str, noises: int, left: int) -> tuple[int, int]:
     judged = min(held, max(0, int(0.6 * left)) // each)
     moved = min(noises - held, max(0, left - judged * each) // moving)
     if held < AT_LEAST:
-        raise ValueError(f"{noises} noises are too few; want at least {4 * AT_LEAST}")
+        raise ValueError(f"{noises} noises are too few to fit a curve; want at least {4 * AT_LEAST}")
     if min(judged, moved) < AT_LEAST:
-        least = math.ceil(AT_LEAST * max(each / 0.6, each + moving)) + AT_LEAST
+        spent, least = noises * LEVELS, math.ceil(AT_LEAST * max(each / 0.6, each + moving)) + AT_LEAST
         raise ValueError(
-            f"the budget leaves {left} evaluations for the curve after the reference; want at least {least} more than it"
+            f"{left + spent} evaluations are too few to fit a curve, of which the reference takes {spent}: "
+            f"want about {spent + least}, or fewer noises"
         )
     return judged, moved
 
