@@ -131,7 +131,8 @@ def fit(
                 f"the conditions have {len(next(iter(cond.values())))} rows for {len(x0)} data; give one each, or no data"
             )
     low, high = level_range(denoiser, config.sigma_min, config.sigma_max)
-    require_answer(denoiser, form, cond, device)
+    if not (File(out) / SCHEDULE).exists():
+        require_answer(denoiser, form, cond, device)
     folder = open_run(out, "schedule", settings | {"shape": list(form)})
     if (folder / SCHEDULE).exists():
         return folder, Schedule.load(folder / SCHEDULE)
