@@ -7,6 +7,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
+from counting import Counting
 from fewstep import endpoint
 from fewstep.denoiser import Denoiser, Guided, Pretrained
 from fewstep.endpoint import Reference, Runs, deal, level_range, local_error_costs, local_error_order, mean_square, reference
@@ -43,19 +44,6 @@ def amplitude(z: Tensor, path: Path) -> Tensor:
     if path.ends_in_pure_noise():
         return z
     return (path.sigma_max * z - MEAN) / math.sqrt(STD**2 + path.sigma_max**2)
-
-
-class Counting(Denoiser):
-    """Another denoiser, counting the samples that go through it and how many at once."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser, self.path, self.shape = denoiser, denoiser.path, denoiser.shape
-        self.samples, self.most = 0, 0
-
-    def forward(self, x, t, cond=None):
-        self.samples, self.most = self.samples + len(x), max(self.most, len(x))
-        return self.denoiser(x, t, cond)
 
 
 class ByLabel(Denoiser):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from counting import Counting
 from fewstep.cost import corrector_costs
 from fewstep.denoiser import Denoiser, Guided, Pretrained
 from fewstep.learn import learn_schedule, step_costs
@@ -27,19 +28,6 @@ def gaussian(path: Path | None = None, std: float = 0.5) -> Mixture:
 def gaussian_data(n: int = 20_000, std: float = 0.5) -> Tensor:
     """Data of N(0, std^2) without sampling noise: its quantiles."""
     return std * torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
-
-
-class Counting(Denoiser):
-    """Another denoiser, counting the samples that go through it."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser, self.path = denoiser, denoiser.path
-        self.samples = 0
-
-    def forward(self, x, t, cond=None):
-        self.samples += len(x)
-        return self.denoiser(x, t, cond)
 
 
 class Warped(Path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from counting import Counting
 from fewstep.denoiser import Denoiser
 from fewstep.endpoint import Reference, Runs, mean_square, reference
 from fewstep.metrics import sliced_wasserstein
@@ -14,7 +15,7 @@ from fewstep.path import VE, VP, Linear
 from fewstep.refine import bounds_of, descend
 from fewstep.schedule import Schedule, bend, free_schedules, karras, log_linear, unbend
 from fewstep.solvers import evaluations_of
-from fewstep.verdict import REPETITIONS, guard, judge, ratio, sentences
+from fewstep.verdict import REPETITIONS, guard, judge, ratio, sentences, settle
 
 LIMITS = {"sigma_min": 0.002, "sigma_max": 80.0}
 
@@ -25,19 +26,6 @@ def seeded(seed: int) -> torch.Generator:
 
 def noise(n: int, d: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=seeded(seed), dtype=torch.float64)
-
-
-class Counting(Denoiser):
-    """Another denoiser, counting the samples that go through it."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser, self.path, self.shape = denoiser, denoiser.path, denoiser.shape
-        self.samples = 0
-
-    def forward(self, x, t, cond=None):
-        self.samples += len(x)
-        return self.denoiser(x, t, cond)
 
 
 class Overflowing(Denoiser):
@@ -215,7 +203,7 @@ def test_a_stochastic_solver_is_judged_by_its_samples_distance_and_counted(solve
     model, ticks = Counting(ring(path=path)), []
     known = reference(model.denoiser, noise(40))
     own = settled(replace(log_linear(), pure_noise=path.ends_in_pure_noise()))
-    verdict = judge(model, solver, own, [2, 12], known, generator=seeded(3), tick=ticks.append)
+    verdict = judge(model, solver, own, [2, 12], known, seed=3, tick=ticks.append)
     assert verdict["measure"] == "sliced Wasserstein distance"
     assert verdict["evaluations"] - known.evaluations == model.samples == sum(ticks) == 40 * 13 * REPETITIONS * 14
     few, many = (verdict["steps"][n]["errors"]["log_linear"] for n in ("2", "12"))
@@ -227,11 +215,11 @@ def test_a_stochastic_solver_is_judged_by_its_samples_distance_and_counted(solve
 
 def test_every_schedule_meets_the_same_noises_of_a_stochastic_solver(known):
     own = settled(log_linear())
-    row = judge(ring(), "ancestral", own, [5], known, generator=seeded(1))["steps"]["5"]
+    row = judge(ring(), "ancestral", own, [5], known, seed=1)["steps"]["5"]
     assert row["errors"]["learned"] == row["errors"]["log_linear"]
-    again = judge(ring(), "ancestral", own, [5], known, generator=seeded(1))["steps"]["5"]
+    again = judge(ring(), "ancestral", own, [5], known, seed=1)["steps"]["5"]
     assert again == row
-    other = judge(ring(), "ancestral", own, [5], known, generator=seeded(2))["steps"]["5"]
+    other = judge(ring(), "ancestral", own, [5], known, seed=2)["steps"]["5"]
     assert other["errors"]["learned"] != row["errors"]["learned"]
 
 
@@ -367,3 +355,37 @@ def test_one_grid_that_overflows_does_not_end_the_judgement_of_a_stochastic_solv
     model = Overflowing(ring(), float(karras().sigmas(6)[3]))
     verdict = judge(model, "ancestral", GOOD, [6], known)
     assert verdict["steps"]["6"]["errors"]["karras"] == math.inf
+
+
+# --- how many noises it takes -----------------------------------------------------------------------------------------
+
+
+def found(low: float, high: float, evaluations: int) -> dict:
+    return {"steps": {"5": {"against_best_free": {"low": low, "high": high}}}, "evaluations": evaluations}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.9), (1.1, 3.0), (0.97, 1.05)], ids=["wins", "loses", "a narrow tie"])
+def test_a_verdict_that_decides_is_asked_for_once(low, high):
+    asked = []
+    settle(lambda count: asked.append(count) or found(low, high, 7), 64, 3)
+    assert asked == [64]
+
+
+def test_a_verdict_that_does_not_decide_doubles_its_noises_to_a_limit_and_all_of_it_is_counted():
+    asked = []
+    verdict = settle(lambda count: asked.append(count) or found(0.7, 1.4, count), 64, 3)
+    assert asked == [64, 128, 256, 512]
+    assert verdict["evaluations"] == sum(asked)
+
+
+def test_a_verdict_stops_as_soon_as_it_decides_and_is_the_last_one():
+    verdict = settle(lambda count: found(0.7, 1.4 if count < 200 else 0.98, count), 64, 3)
+    assert verdict["steps"]["5"]["against_best_free"]["high"] == 0.98
+    assert verdict["evaluations"] == 64 + 128 + 256
+
+
+def test_a_schedule_is_made_for_the_range_of_its_provenance_or_else_of_its_curve():
+    assert log_linear(0.02, 40.0).made_for() == (0.02, 40.0)
+    bare = Schedule([0.0, 1.0], torch.atan(torch.tensor([30.0, 0.1])))
+    assert bare.made_for() == pytest.approx((0.1, 30.0), rel=1e-6)
+    assert settled(bare, sigma_max=80.0).made_for()[1] == 80.0

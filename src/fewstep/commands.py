@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep import __version__, models, report
 from fewstep.config import FinetuneConfig, Source, TrainConfig
 from fewstep.data import Data, load_data
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, shape_of
 from fewstep.dxmi import finetune as finetune_loop
 from fewstep.dxmi import make_state
 from fewstep.run import (
@@ -32,7 +32,6 @@ from fewstep.run import (
 from fewstep.sampler import Sampler
 from fewstep.schedule import NAMED, Schedule
 from fewstep.solvers import solve
-from fewstep.tailor import shape_of
 from fewstep.training import TrainState
 from fewstep.training import train as train_loop
 
@@ -108,7 +107,7 @@ def finetune(
 
 def baselines(like: Schedule) -> dict[str, Schedule]:
     """The free schedules over the same range of levels."""
-    ends = [like.provenance.get(k, float(torch.tan(like.theta[i]))) for k, i in (("sigma_min", -1), ("sigma_max", 0))]
+    ends = like.made_for()
     return {"karras": NAMED["karras"](*ends), "log-linear": NAMED["log_linear"](*ends)}
 
 

@@ -17,7 +17,7 @@ eps and score cannot be turned into x_0 where alpha = 0; x0, v and flow can.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -73,6 +73,14 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """E[x_0 | x_t = x] of x's shape (b, *d); t of shape () or (b,); cond is handed to the network verbatim."""
+
+
+def shape_of(denoiser: Denoiser, shape: Sequence[int] | None = None) -> tuple[int, ...]:
+    """One sample's shape: the one given, or the model's own."""
+    found = shape or denoiser.shape
+    if found is None:
+        raise ValueError("the model does not say its samples' shape; give it, as in --shape 3 --shape 32 --shape 32")
+    return tuple(found)
 
 
 class Pretrained(Denoiser):

@@ -5,11 +5,12 @@ it with a solver and few levels, from the same noises. The root mean square diff
 the endpoint error: what a schedule for a deterministic solver has to make small.
 
 On the way the reference sees how the model's belief D = E[x_0 | x] bends along a trajectory. A method of order p with
-steps h in log sigma replaces D by a polynomial through p points, so on the VE path a step's local error is
+steps h in log sigma replaces D by a polynomial through p points, so on the VE path a step's local error is about
 
     c h^{p+1} |d^p D / d(log sigma)^p|
 
-Its mean square is a cost of order 2(p+1), whose equalised curve spreads the local error evenly over a grid's steps.
+(for p = 2 there is a smaller term in the first derivative, which is left out). Its mean square is a cost of order 2(p+1),
+whose equalised curve spreads the local error evenly over a grid's steps.
 """
 
 from __future__ import annotations

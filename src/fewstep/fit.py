@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path as File
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep import __version__, models, report
@@ -31,23 +31,23 @@ from fewstep.commands import (
     model_settings,
     read_schedule,
     require_shape,
-    shape_of,
     silent,
 )
 from fewstep.config import Condition, LearnConfig, Source
 from fewstep.cost import PREDICTOR_ORDERS
-from fewstep.denoiser import Denoiser, Guided
+from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.endpoint import Reference, deal, ignore, level_range, reference, require_deterministic
 from fewstep.learn import learn_schedule
-from fewstep.run import fingerprint, open_run
-from fewstep.schedule import Schedule
+from fewstep.run import fingerprint, load_tree, open_run, save_tree
+from fewstep.schedule import Schedule, free_schedules
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
-from fewstep.verdict import guard, interval, judge, settle
+from fewstep.verdict import REPETITIONS, guard, interval, judge, settle
 
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
 FINE = 96  # levels of the verdict's reference
+UNSEEN = 1_000_003  # added to the seed for the verdict's noises
 JUDGED = (6, 10)  # where no numbers of steps were asked for
 DRIFT = 1.25  # a ratio to the best free schedule that has grown by this factor asks for a new fit
 
@@ -157,7 +157,9 @@ def fit(
             progress=lambda batches: track(batches, len(batches), "probing costs"),
             **about,
         )
-    learned = pass_judgement(denoiser, learned, config, form, about, device, meter)
+    steps = config.steps or JUDGED
+    verdict = judged_afresh(denoiser, learned, config.solver, steps, config, form, about, device, meter)
+    learned = guard(learned, verdict)
     said = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
     said |= {"data_set": source.data if source else None, "guidance": condition.guidance, "conditions": condition.cond}
     learned = dataclasses.replace(learned, provenance=said | learned.provenance)
@@ -181,16 +183,12 @@ def _tailored(
 ) -> Schedule:
     noise = draw_noise(config.noises, form, torch.Generator().manual_seed(config.seed), device)
     if (folder / REFERENCE).exists():
-        found = load_file(folder / REFERENCE, device)
-        bending = found["slope"].cpu(), found["curvature"].cpu()
-        known = Reference(noise, found["ends"], found["theta"].cpu(), bending, int(found["evaluations"]))
+        stored = load_tree(folder / REFERENCE)
+        known = Reference(**stored | {"noise": noise, "ends": stored["ends"].to(device), "bending": tuple(stored["bending"])})
     else:
         with meter(config.noises * LEVELS * denoiser.evaluations, "reference") as tick:
             known = reference(denoiser, noise, levels=LEVELS, sigma_min=ends[0], sigma_max=ends[1], tick=tick, **about)
-        saved = {"ends": known.ends, "theta": known.theta, "slope": known.bending[0], "curvature": known.bending[1]}
-        saved["evaluations"] = torch.tensor(known.evaluations)
-        save_file(saved, folder / f"{REFERENCE}.part")
-        (folder / f"{REFERENCE}.part").replace(folder / REFERENCE)
+        save_tree(folder / REFERENCE, known._asdict())
     if (folder / DRAFT).exists():
         schedule = Schedule.load(folder / DRAFT)
     else:
@@ -205,31 +203,29 @@ def _tailored(
     return schedule
 
 
-def pass_judgement(
+def judged_afresh(
     denoiser: Denoiser,
     schedule: Schedule,
+    solver: str,
+    steps: Sequence[int],
     config: LearnConfig,
     form: tuple[int, ...],
     about: Mapping[str, Any],
     device: str,
     meter: Meter,
-) -> Schedule:
-    """The schedule with its verdict, on noises that the fit has not seen, and guarded by it."""
-    verdict = _judged(denoiser, schedule, config.solver, config.steps or JUDGED, config, form, about, device, meter)
-    return guard(schedule, verdict)
-
-
-def _judged(denoiser, schedule, solver, steps, config, form, about, device, meter) -> dict[str, Any]:
-    low, high = (float(schedule.provenance[k]) for k in ("sigma_min", "sigma_max"))
-    runs = (5 if solver in STOCHASTIC else 1) * 12 * sum(evaluations_of(solver, n) for n in steps)
+) -> dict[str, Any]:
+    """The verdict on noises that no fit has seen, as many as it takes to decide."""
+    low, high = schedule.made_for()
+    grids = len(free_schedules(low, high)) + 1 + (denoiser.default_levels is not None)
+    runs = (REPETITIONS if solver in STOCHASTIC else 1) * grids * sum(evaluations_of(solver, n) for n in steps)
 
     def judged(count: int) -> dict[str, Any]:
-        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + 1_000_003), device)
+        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN), device)
         with meter(count * (FINE + runs) * denoiser.evaluations, f"verdict, {count} noises") as tick:
             known = reference(denoiser, noise, levels=FINE, sigma_min=low, sigma_max=high, tick=tick, **about)
             return judge(denoiser, solver, schedule, steps, known, default=denoiser.default_levels, tick=tick, **about)
 
-    return settle(judged, config.verdict_noises)
+    return settle(judged, config.verdict_noises, config.verdict_doublings)
 
 
 def check(
@@ -250,7 +246,7 @@ def check(
     steps = [int(n) for n in before["steps"]]
     about: dict[str, Any] = {"cond": cond, "batch_size": config.batch_size}
     form = shape_of(denoiser, shape)
-    now = _judged(denoiser, schedule, before["solver"], steps, config, form, about, device, meter)
+    now = judged_afresh(denoiser, schedule, before["solver"], steps, config, form, about, device, meter)
     lines, refit = [], False
     for n, row in now["steps"].items():
         kept = before["kept"][n]

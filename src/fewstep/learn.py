@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from fewstep import cost as costs
-from fewstep.denoiser import Denoiser, OnPath
+from fewstep.denoiser import Denoiser, OnPath, shape_of
 from fewstep.endpoint import level_range, reference
 from fewstep.path import VE
+from fewstep.refine import BUDGET
 from fewstep.schedule import Schedule, from_costs, log_linear, step_lengths
 from fewstep.solvers import STOCHASTIC
-from fewstep.tailor import BUDGET, NOISES, draw_noise, shape_of, tailor
+from fewstep.tailor import NOISES, draw_noise, tailor
 
 ROUNDS = 3  # of the predictor's cost: its unevenness is then below 1 % on exact scores
 OWN_SAMPLES = 256  # drawn from the model where there are no data

@@ -21,6 +21,7 @@ from fewstep.endpoint import Log, Reference, Runs, deal, ignore, mean_square
 from fewstep.schedule import Schedule, bend, unbend
 from fewstep.solvers import evaluations_of
 
+BUDGET = 15_000  # evaluations of the network for one number of steps
 LEAST_GAP = 1e-3
 SCREENING = 32  # noises that the starts are tried on
 STARTS = 3  # tried starts that are then moved
@@ -152,7 +153,7 @@ def refine(
     starts: Mapping[str, Schedule],
     *,
     cond: Mapping[str, Tensor] | None = None,
-    budget: int = 15_000,
+    budget: int = BUDGET,
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
 ) -> Refined:

@@ -115,6 +115,11 @@ class Schedule:
         _require_monotone("times", times, rising=False)
         return times
 
+    def made_for(self) -> tuple[float, float]:
+        """sigma_min and sigma_max of the range it was made for, which refined levels need not fill."""
+        first, last = (float(torch.tan(self.theta[i])) for i in (0, -1))
+        return self.provenance.get("sigma_min", last), self.provenance.get("sigma_max", first)
+
     def blend(self, other: Schedule, gamma: float) -> Schedule:
         """A curve gamma of the way from this one to the other, in log tan(theta/2) at equal u (Algorithm 2's blend)."""
         if not 0 <= gamma <= 1:
@@ -300,8 +305,9 @@ def beta(sigma_min: float = 0.002, sigma_max: float = 80.0, a: float = 0.6, b: f
 NAMED: dict[str, Callable[..., Schedule]] = {f.__name__: f for f in (karras, log_linear, kl_optimal, linear, cosine, beta)}
 
 
-def free_schedules(sigma_min: float, sigma_max: float) -> dict[str, Schedule]:
+def free_schedules(sigma_min: float, sigma_max: float, pure_noise: bool = False) -> dict[str, Schedule]:
     """The schedules that cost nothing, in both readings: N levels down to sigma_min before exact data, or `to data`."""
     curves = {name: make(sigma_min, sigma_max) for name, make in NAMED.items() if name != "cosine"}  # that is kl_optimal
     curves["karras (rho 3)"] = karras(sigma_min, sigma_max, rho=3.0)
-    return curves | {f"{name} to data": replace(curve, to_data=True) for name, curve in curves.items()}
+    curves |= {f"{name} to data": replace(curve, to_data=True) for name, curve in curves.items()}
+    return {name: replace(curve, pure_noise=pure_noise) for name, curve in curves.items()}

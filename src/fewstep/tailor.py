@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, shape_of
 from fewstep.endpoint import (
     Reference,
     Runs,
@@ -31,23 +31,16 @@ from fewstep.endpoint import (
     reference,
     require_deterministic,
 )
-from fewstep.refine import bounds_of, descend, noises_for, refine
+from fewstep.refine import BUDGET, bounds_of, descend, noises_for, refine
 from fewstep.schedule import Schedule, bend, free_schedules, from_costs, unbend
 from fewstep.solvers import evaluations_of
 
-NOISES, LEVELS, BUDGET = 128, 48, 15_000
+NOISES, LEVELS = 128, 48
 DAMPING = 0.05  # share of the mean length in every step of the curve of equal local error
 TRIED_AT = (5, 9, 16)  # numbers of steps at which the curves compete
 MIDDLING = 8  # the number of steps whose refined levels make a curve
-COMPETING = 6  # curves: of equal local error, through refined levels, and four free ones
+CONTENDERS = ("karras to data", "log_linear to data", "kl_optimal to data", "linear to data")  # with the two learned ones
 AT_LEAST = 12  # noises that a curve competes on, and that its levels are fitted to
-
-
-def shape_of(denoiser: Denoiser, shape: Sequence[int] | None) -> tuple[int, ...]:
-    found = shape or denoiser.shape
-    if found is None:
-        raise ValueError("the model does not say its samples' shape; give it, as in --shape 3 --shape 32 --shape 32")
-    return tuple(found)
 
 
 def draw_noise(count: int, shape: Sequence[int], generator: torch.Generator | None, device: str = "cpu") -> Tensor:
@@ -81,7 +74,7 @@ def through(theta: Tensor, like: Schedule) -> Schedule:
 
 def shares(solver: str, noises: int, left: int) -> tuple[int, int]:
     """How many noises the curves compete on, and how many the levels of the last are fitted to, for `left` evaluations."""
-    held, each = noises // 4, sum(evaluations_of(solver, n) for n in TRIED_AT) * COMPETING
+    held, each = noises // 4, sum(evaluations_of(solver, n) for n in TRIED_AT) * (len(CONTENDERS) + 2)
     moving = evaluations_of(solver, MIDDLING) * (MIDDLING + 21) // 2
     judged = min(held, max(0, int(0.6 * left)) // each)
     moved = min(noises - held, max(0, left - judged * each) // moving)
@@ -123,14 +116,10 @@ def fit_curve(
     sigma_max, sigma_min = (float(torch.tan(theta)) for theta in (known.theta[0], known.theta[-1]))
     pure_noise = denoiser.path.ends_in_pure_noise()
     learned = curve_of(known, solver, pure_noise)
-    free = free_schedules(sigma_min, sigma_max)
-    curves = {learned.name: learned} | {
-        name: replace(free[name], pure_noise=pure_noise)
-        for name in ("karras to data", "log_linear to data", "kl_optimal to data", "linear to data")
-    }
-    left, cost_of = budget * denoiser.evaluations - known.evaluations, denoiser.evaluations
-    judged, moved = shares(solver, len(known.noise), left // cost_of)
-    each = sum(evaluations_of(solver, n) for n in TRIED_AT) * cost_of * (len(curves) + 1)
+    free = free_schedules(sigma_min, sigma_max, pure_noise)
+    curves = {learned.name: learned} | {name: free[name] for name in CONTENDERS}
+    left = budget * denoiser.evaluations - known.evaluations
+    judged, moved = shares(solver, len(known.noise), left // denoiser.evaluations)
     held = len(known.noise) // 4
     rows = torch.arange(len(known.noise))
     judge = Runs(denoiser, solver, known.noise[:judged], deal(cond, rows[:judged]), batch_size, tick)
@@ -147,7 +136,7 @@ def fit_curve(
 
     best = min(scores, key=total)
     start = bend(curves[best].angles(MIDDLING)[:-1])
-    remaining = left - judge.evaluations - judged * each // (len(curves) + 1)
+    remaining = left - judge.evaluations - judge.evaluations // len(curves)  # the last one is judged as well
     bent, _ = descend(fit, known.ends[fitted], start, bounds_of(denoiser, known.theta), remaining)
     passing = through(unbend(bent), learned)
     curves[passing.name], scores[passing.name] = passing, errors(passing)
@@ -182,8 +171,7 @@ def refine_steps(
 ) -> Schedule:
     """The schedule of `fit_curve` with a refined grid of this many steps as well; at most `budget` evaluations."""
     solver, about = schedule.provenance["solver"], schedule.provenance
-    free = free_schedules(about["sigma_min"], about["sigma_max"])
-    starts = {name: replace(curve, pure_noise=schedule.pure_noise) for name, curve in free.items()}
+    starts = free_schedules(*schedule.made_for(), schedule.pure_noise)
     plain = curve_of(known, solver, schedule.pure_noise)
     starts |= {plain.name: plain, "the curve": replace(schedule, grids={})}
     found = refine(

@@ -36,19 +36,17 @@ def judge(
     default: Callable[[int], Tensor | None] | None = None,
     cond: Mapping[str, Tensor] | None = None,
     batch_size: int = 512,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
     tick: Callable[[int], object] = ignore,
 ) -> dict[str, Any]:
     """The verdict, as it stands in the file: for every number of steps the error of the schedule, of every free one, and of
     the model's current default; the best free one; the ratio to it and to the default, with 95 % intervals.
 
-    known: a reference from noises that nothing was fitted to. default: steps -> angles (steps,), the model's own levels.
+    known: a reference from noises that nothing was fitted to. default: steps -> angles (steps,), the model's own levels. seed:
+    of a stochastic solver's noise.
     """
-    low, high = (float(torch.tan(schedule.theta[i])) for i in (-1, 0))
-    low, high = schedule.provenance.get("sigma_min", low), schedule.provenance.get("sigma_max", high)
-    free = {name: replace(s, pure_noise=schedule.pure_noise) for name, s in free_schedules(low, high).items()}
+    free = free_schedules(*schedule.made_for(), schedule.pure_noise)
     rows = torch.arange(len(known.noise))
-    measure = _weak if solver in STOCHASTIC else _endpoint
     result: dict[str, Any] = {
         "measure": "sliced Wasserstein distance" if solver in STOCHASTIC else "endpoint error",
         "solver": solver,
@@ -60,7 +58,12 @@ def judge(
         grids = {"learned": schedule.angles(n)[:-1]} | {name: s.angles(n)[:-1] for name, s in free.items()}
         if default is not None and (own := default(n)) is not None:
             grids["default"] = own
-        squares, evaluations = measure(denoiser, solver, grids, known, deal(cond, rows), batch_size, generator, tick)
+        if solver in STOCHASTIC:
+            squares, evaluations = _weak(denoiser, solver, grids, known, cond, batch_size, seed, tick)
+        else:
+            runs = Runs(denoiser, solver, known.noise, deal(cond, rows), batch_size, tick)
+            squares = {k: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf) for k, theta in grids.items()}
+            evaluations = runs.evaluations
         spent += evaluations
         errors = {name: math.sqrt(float(each.mean())) for name, each in squares.items()}
         best = min(free, key=lambda name: errors[name])
@@ -71,52 +74,50 @@ def judge(
     return result | {"evaluations": spent}
 
 
-def settle(judged: Callable[[int], dict[str, Any]], noises: int, most: int | None = None) -> dict[str, Any]:
-    """judged(count), the count doubled from `noises` while an interval is wide and does not decide, `most` (default 8 times
-    as many) at most. Where few noises go astray and make all of the error, a few dozen of them say nothing."""
-    spent, most = 0, most or 8 * noises
-    while True:
-        verdict = judged(noises)
+def settle(judged: Callable[[int], dict[str, Any]], noises: int, doublings: int) -> dict[str, Any]:
+    """judged(count), the count doubled from `noises` up to `doublings` times while an interval is wide and holds 1. Where a
+    few noises go astray and make all of the error, some dozens of them say nothing."""
+    spent = 0
+    for count in (noises * 2**k for k in range(doublings + 1)):
+        verdict = judged(count)
         spent += verdict["evaluations"]
         found = [row["against_best_free"] for row in verdict["steps"].values()]
-        open_ones = [f for f in found if f["low"] <= 1 <= f["high"] and f["high"] > WIDE * f["low"]]
-        if not open_ones or 2 * noises > most:
-            return verdict | {"evaluations": spent}
-        noises *= 2
+        if not any(f["low"] <= 1 <= f["high"] and f["high"] > WIDE * f["low"] for f in found):
+            break
+    return verdict | {"evaluations": spent}
 
 
-def _endpoint(denoiser, solver, grids, known, cond, batch_size, generator, tick) -> tuple[dict[str, Tensor], int]:
-    """Squared endpoint errors (m,) of each grid."""
-    runs = Runs(denoiser, solver, known.noise, cond, batch_size, tick)
-    squares = {name: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf) for name, theta in grids.items()}
-    return squares, runs.evaluations
+def _weak(
+    denoiser: Denoiser,
+    solver: str,
+    grids: Mapping[str, Tensor],
+    known: Reference,
+    cond: Mapping[str, Tensor] | None,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[int], object],
+) -> tuple[dict[str, Tensor], int]:
+    """Squared sliced Wasserstein distances (repetitions,) of each grid's samples to the reference's ends, and evaluations."""
+    spent = 0
 
+    def distance(theta: Tensor, repetition: int) -> float:
+        nonlocal spent
+        g, times = torch.Generator().manual_seed(seed + repetition), torch.cat([denoiser.path.time(theta), theta.new_zeros(1)])
+        start = denoiser.path.start(len(known.noise), known.noise.shape[1:], g, times[0], device=known.noise.device)
+        ends = []
+        for rows in torch.arange(len(start)).split(batch_size):
+            try:
+                with torch.no_grad():
+                    done = solve(denoiser, start[rows.to(start.device)], times, solver, cond=deal(cond, rows), generator=g)
+            except ValueError:  # it overflows on these levels
+                return math.inf
+            spent += done.evaluations * len(rows)
+            tick(done.evaluations * len(rows))
+            ends.append(done.x)
+        return sliced_wasserstein(torch.cat(ends), known.ends, 200, torch.Generator().manual_seed(repetition))
 
-def _weak(denoiser, solver, grids, known, cond, batch_size, generator, tick) -> tuple[dict[str, Tensor], int]:
-    """Squared sliced Wasserstein distances (repetitions,) of each grid's samples to the reference's."""
-    seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
-    spent, squares = 0, {}
-    for name, theta in grids.items():
-        times = torch.cat([denoiser.path.time(theta), theta.new_zeros(1)])
-        distances = []
-        for repetition in range(REPETITIONS):
-            g = torch.Generator().manual_seed(seed + repetition)
-            start = denoiser.path.start(len(known.noise), known.noise.shape[1:], g, times[0], device=known.noise.device)
-            ends = []
-            for rows in torch.arange(len(start)).split(batch_size):
-                try:
-                    with torch.no_grad():
-                        done = solve(denoiser, start[rows.to(start.device)], times, solver, cond=deal(cond, rows), generator=g)
-                except ValueError:  # it overflows on these levels
-                    break
-                spent += done.evaluations * len(rows)
-                tick(done.evaluations * len(rows))
-                ends.append(done.x)
-            whole = len(ends) == -(-len(start) // batch_size)
-            slices = torch.Generator().manual_seed(repetition)
-            distances.append(sliced_wasserstein(torch.cat(ends), known.ends, 200, slices) if whole else math.inf)
-        squares[name] = torch.tensor(distances, dtype=torch.float64) ** 2
-    return squares, spent
+    found = {name: [distance(theta, k) for k in range(REPETITIONS)] for name, theta in grids.items()}
+    return {name: torch.tensor(distances, dtype=torch.float64) ** 2 for name, distances in found.items()}, spent
 
 
 def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, float]:
@@ -132,15 +133,14 @@ def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, fl
 
 def guard(schedule: Schedule, verdict: dict[str, Any]) -> Schedule:
     """The schedule with the best free grid in place of its own wherever that did better; the verdict goes into the file."""
-    about = schedule.provenance
-    free = free_schedules(about["sigma_min"], about["sigma_max"])
+    free = free_schedules(*schedule.made_for(), schedule.pure_noise)
     grids, kept = dict(schedule.grids), {}
     for n, row in verdict["steps"].items():
         wins = row["against_best_free"]["ratio"] <= 1
         kept[n] = "learned" if wins else row["best_free"]
         if not wins:
-            grids[int(n)] = replace(free[row["best_free"]], pure_noise=schedule.pure_noise).angles(int(n))[:-1]
-    return replace(schedule, grids=grids, provenance=about | {"verdict": verdict | {"kept": kept}})
+            grids[int(n)] = free[row["best_free"]].angles(int(n))[:-1]
+    return replace(schedule, grids=grids, provenance=schedule.provenance | {"verdict": verdict | {"kept": kept}})
 
 
 def sentences(verdict: dict[str, Any]) -> list[str]:

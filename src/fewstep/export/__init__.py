@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fewstep.export.kept import FILE, KEY, attach, attached
+from fewstep.export.landing import Landed, apply, to_diffusers, using
 from fewstep.export.levels import flow_levels, ratio_levels, sub_range
 from fewstep.export.runtimes import comfyui_node, to_a1111, to_comfyui, to_json, to_k_diffusion
-from fewstep.export.schedulers import EXACT, ROWS, Landed, apply, to_diffusers, using
+from fewstep.export.schedulers import EXACT, ROWS
 from fewstep.schedule import Schedule
 
 __all__ = [

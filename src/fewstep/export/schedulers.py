@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +20,11 @@ from torch import Tensor
 
 from fewstep.export.levels import PURE, flow_levels
 from fewstep.path import HALF_PI, Tabulated
-from fewstep.schedule import Schedule
 
 EXACT = 1e-6  # how far a level may be off, relative, in float32
 
 
-class Landed(NamedTuple):
-    """sigmas: the levels that now stand in the scheduler, in its unit, float32, (steps + 1,) but for Heun, which has each
-    inner one twice; kwargs: what set_timesteps was given; lost: steps that fell on an index that another has already."""
-
-    sigmas: Tensor
-    kwargs: dict[str, Any]
-    steps: int
-    lost: int
-
-
-def _unit(scheduler: Any) -> str | None:
+def unit_of(scheduler: Any) -> str | None:
     """Which unit the scheduler's model counts noise in; None where it is none of ours."""
     name, settings = type(scheduler).__name__, scheduler.config
     if name.startswith("FlowMatch") or settings.get("use_flow_sigmas") or settings.get("prediction_type") == "flow_prediction":
@@ -46,18 +34,18 @@ def _unit(scheduler: Any) -> str | None:
     return "table" if hasattr(scheduler, "betas") else None
 
 
-def _ratios(scheduler: Any) -> Tensor:
+def ratios_of(scheduler: Any) -> Tensor:
     """sigma/alpha of the scheduler's own table in its own float32 arithmetic, cleanest first: (K,) float64."""
     abar = scheduler.alphas_cumprod.detach().cpu()
     return (((1 - abar) / abar) ** 0.5).double()
 
 
-def _index(scheduler: Any, levels: Tensor) -> Tensor:
+def index_of(scheduler: Any, levels: Tensor) -> Tensor:
     """The fractional indices of levels sigma/alpha, as `from_diffusers` tells them to the network."""
     abar = scheduler.alphas_cumprod.detach().cpu().double()
     if scheduler.config.get("rescale_betas_zero_snr"):
         abar[-1] = 0
-    path, noisiest = Tabulated(abar), float(_ratios(scheduler)[-1])
+    path, noisiest = Tabulated(abar), float(ratios_of(scheduler)[-1])
     return path.index(path.time(torch.where(levels < noisiest, torch.atan(levels), HALF_PI)))
 
 
@@ -65,7 +53,7 @@ def _table_levels(theta: Tensor, scheduler: Any) -> Tensor:
     levels = torch.where(theta > PURE, math.inf, torch.tan(theta))
     if scheduler.config.get("timestep_type") == "continuous" and scheduler.config.get("prediction_type") == "v_prediction":
         return levels  # told log(sigma)/4 instead of an index
-    noisiest = float(_ratios(scheduler)[-1])
+    noisiest = float(ratios_of(scheduler)[-1])
     if scheduler.config.get("rescale_betas_zero_snr"):
         return levels.clamp(max=noisiest)  # some schedulers write 2^-24 for the last alpha-bar of 0, and 4096 for its level
     return _require_span(levels, noisiest)
@@ -131,7 +119,7 @@ def _ramp(scheduler: Any, levels: Tensor, mu: float | None) -> dict[str, Any]:
 
 def _interpolated(scheduler: Any, levels: Tensor, mu: float | None) -> dict[str, Any]:
     """The fractional indices between which the scheduler, linear in sigma/alpha, finds the levels."""
-    table = _ratios(scheduler).numpy()
+    table = ratios_of(scheduler).numpy()
     if levels[-2] < table[0] * (1 - EXACT):
         raise ValueError(
             f"the schedule's last level is sigma/alpha = {float(levels[-2]):.6g}, but {type(scheduler).__name__} has none "
@@ -142,7 +130,7 @@ def _interpolated(scheduler: Any, levels: Tensor, mu: float | None) -> dict[str,
 
 
 def _rounded(scheduler: Any, levels: Tensor, mu: float | None) -> dict[str, Any]:
-    return {"timesteps": _index(scheduler, levels[:-1]).round().long().tolist()}
+    return {"timesteps": index_of(scheduler, levels[:-1]).round().long().tolist()}
 
 
 def _distinct(scheduler: Any, levels: Tensor, mu: float | None, lowest: int = 0) -> dict[str, Any]:
@@ -166,11 +154,11 @@ def _below_one(scheduler: Any, levels: Tensor, kwargs: dict[str, Any]) -> Tensor
 
 
 def _of_indices(scheduler: Any, levels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    return torch.cat([_ratios(scheduler)[kwargs["timesteps"]], levels[-1:]])
+    return torch.cat([ratios_of(scheduler)[kwargs["timesteps"]], levels[-1:]])
 
 
 def _of_indices_to_the_first(scheduler: Any, levels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    return _ratios(scheduler)[[*kwargs["timesteps"], 0]]
+    return ratios_of(scheduler)[[*kwargs["timesteps"], 0]]
 
 
 NO_REMAKING = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -225,108 +213,3 @@ def scheduler_of(thing: Any) -> Any:
     if not (hasattr(found, "set_timesteps") and hasattr(found, "config")):
         raise ValueError(f"want a scheduler or a pipeline of diffusers, got {type(thing).__name__}")
     return found
-
-
-def _plan(schedule: Schedule, scheduler: Any, steps: int, mu: float | None) -> tuple[Row, Tensor, dict[str, Any]]:
-    """The scheduler's row, the levels (steps + 1,) in its unit, and the arguments of set_timesteps."""
-    name, unit, settings = type(scheduler).__name__, _unit(scheduler), scheduler.config
-    if unit is None:
-        raise ValueError(f"{name} counts noise in no unit that fewstep knows; it can hand a schedule to {', '.join(ROWS)}")
-    row = ROWS.get(name)
-    if row is None or row.unit != unit:
-        of = f" of {MODELS[unit]}" if row else ""
-        raise ValueError(f"{name} takes no levels{of} from outside; use {INSTEAD[unit]}.from_config(scheduler.config)")
-    for key, wanted in row.needs.items():
-        if (settings.get(key, wanted) or None) != (wanted or None):
-            raise ValueError(
-                f"{name} has {key}={settings[key]!r}, which would change the levels; "
-                f"use {name}.from_config(scheduler.config, {key}={wanted!r})"
-            )
-    if mu is not None and not settings.get("use_dynamic_shifting"):
-        raise ValueError(f"{name} has no use_dynamic_shifting, so mu={mu} has no meaning; leave it out")
-    levels = UNITS[unit](schedule.angles(steps), scheduler)
-    return row, levels, row.give(scheduler, levels, mu)
-
-
-def to_diffusers(schedule: Schedule, scheduler: Any, steps: int, mu: float | None = None) -> dict[str, Any]:
-    """The keyword arguments of scheduler.set_timesteps for a grid of N steps; of a pipeline's call, where it takes them.
-
-    Exact but for DPMSolver*, UniPC and the schedulers of whole indices (DDPM, LCM, TCD), which round: `apply` and `using`
-    mend the former and say how many steps the latter lose. mu: of a scheduler with use_dynamic_shifting; a pipeline works
-    it out itself, so leave it out of its call. Raises ValueError, with the way out, for a scheduler, a setting or a level
-    that it cannot be done with.
-    """
-    return _plan(schedule, scheduler_of(scheduler), steps, mu)[2]
-
-
-def apply(
-    schedule: Schedule, scheduler: Any, steps: int, mu: float | None = None, device: torch.device | str | None = None
-) -> Landed:
-    """Set the grid of N steps in a scheduler, or a pipeline's, and check that it stands there to 1e-6.
-
-    Holds until the next set_timesteps, which a pipeline calls itself: there use `using`. Raises ValueError as `to_diffusers`
-    does, and where a level did not land.
-    """
-    scheduler = scheduler_of(scheduler)
-    row, levels, kwargs = _plan(schedule, scheduler, steps, mu)
-    type(scheduler).set_timesteps(scheduler, device=device, **kwargs)  # its own, not the one that `using` puts before it
-    wanted = row.lands(scheduler, levels, kwargs)
-    if "sigmas" in row.mends:
-        scheduler.sigmas = wanted.float()
-    if "timesteps" in row.mends:
-        inner = wanted[:-1]
-        told = _index(scheduler, inner) if row.unit == "table" else inner * scheduler.config.num_train_timesteps
-        scheduler.timesteps = told.to(device=device, dtype=torch.float32)
-    whole = not hasattr(scheduler, "sigmas")
-    stands = row.lands(scheduler, levels, {"timesteps": scheduler.timesteps.tolist()}) if whole else scheduler.sigmas
-    _require_landed(type(scheduler).__name__, stands.detach().cpu().double(), wanted)
-    if len(scheduler.timesteps) > 1 and scheduler.timesteps[0] == scheduler.timesteps[1]:
-        raise ValueError(
-            f"the first two levels, {float(wanted[0]):.6g} and {float(wanted[1]):.6g}, both lie beyond the model's table, and "
-            f"{type(scheduler).__name__} would skip one of them: make the schedule for sigma_min >= "
-            f"{float(_ratios(scheduler)[0]):.6g}"
-        )
-    lost = steps - len(kwargs["timesteps"]) if "timesteps" in kwargs else 0
-    return Landed(stands.detach().cpu().float(), kwargs, steps - lost, lost)
-
-
-def _require_landed(name: str, stands: Tensor, wanted: Tensor) -> None:
-    if stands.shape != wanted.shape:
-        raise ValueError(f"{name} made {len(stands)} levels where {len(wanted)} were meant; this version of it is not known")
-    off = ~torch.isclose(stands, wanted, rtol=EXACT, atol=0)
-    if bool(off.any()):
-        i = int(off.nonzero()[0])
-        raise ValueError(f"{name} made level {i} {float(stands[i]):.9g} where {float(wanted[i]):.9g} was meant")
-
-
-@contextmanager
-def using(schedule: Schedule, pipeline: Any) -> Iterator[None]:
-    """Within it, whatever number of steps a pipeline asks its scheduler for, it gets this schedule's grid of that many.
-
-    For every pipeline, also those that take neither sigmas nor timesteps: `with using(schedule, pipe): pipe(..)`.
-    """
-    scheduler = scheduler_of(pipeline)
-
-    @functools.wraps(scheduler.set_timesteps)  # pipelines look at its signature
-    def set_timesteps(
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        *,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        original_inference_steps: int | None = None,  # of LCM and TCD: of which grid of theirs to take a part
-    ) -> None:
-        asked = timesteps if timesteps is not None else sigmas
-        steps = len(asked) if num_inference_steps is None else num_inference_steps
-        apply(schedule, scheduler, steps, mu if scheduler.config.get("use_dynamic_shifting") else None, device)
-
-    before = vars(scheduler).get("set_timesteps")
-    scheduler.set_timesteps = set_timesteps
-    try:
-        yield
-    finally:
-        if before is None:
-            del scheduler.set_timesteps
-        else:
-            scheduler.set_timesteps = before
