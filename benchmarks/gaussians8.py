@@ -33,7 +33,7 @@ from fewstep.training import TrainState, train
 STEPS = 5
 TRAIN = TrainConfig(iterations=4000, batch_size=512, network="mlp", width=128, depth=2, sigma_min=0.15, sigma_max=10.0)
 FINETUNE = FinetuneConfig(
-    iterations=4000, batch_size=128, lr=1e-4, lr_std=1e-2, lr_value=1e-3, tau=0.05, eta=1.0, last_std=0.02, momentum=0.9
+    iterations=4000, batch_size=128, lr=1e-4, lr_std=1e-2, lr_value=1e-3, tau=0.05, last_std=0.02, momentum=0.9
 )
 DATA = 50_000
 

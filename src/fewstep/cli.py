@@ -5,15 +5,19 @@ Nothing heavy is imported until a command runs, so that --help answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path as File
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Solver, Source, TrainConfig
+
+if TYPE_CHECKING:
+    from fewstep.processes import Processes
 
 Flat = Parameter(name="*")
 Target = Literal["diffusers", "k-diffusion", "comfyui", "comfyui-node", "a1111", "json"]
@@ -118,15 +122,25 @@ def finetune(
     out: Out,
     steps: Annotated[Count, Parameter(help="Evaluations of the network per sample.")] = 4,
     schedule: ScheduleName = "karras",
+    reward: Annotated[str | None, Parameter(help="file.py:function from samples to numbers, higher = better.")] = None,
+    reward_weight: Annotated[float, Parameter(help="The aim is p(x) exp(weight reward).")] = 1.0,
     machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[FinetuneConfig, Flat] = FinetuneConfig(),
 ) -> None:
-    """Learn what each step does: a few-step sampler jointly with an energy (DxMI)."""
-    device = _on(machine)
+    """Learn what each step does: a few-step sampler jointly with an energy (DxMI).
+
+    First the density of the data, then sampler and energy together. Several GPUs: accelerate launch -m fewstep.cli finetune ..
+    """
+    device, processes = _on(machine), _processes()
+    if processes.accelerator is not None:
+        device = str(processes.accelerator.device)
     from fewstep import commands
     from fewstep.show import show as show_folder
 
-    folder = commands.finetune(model, source, out, steps, config, schedule, device, track)
+    bar = track if processes.index == 0 else commands.silent
+    folder = commands.finetune(model, source, out, steps, config, schedule, device, bar, reward, reward_weight, processes)
+    if processes.index > 0:
+        return
     show_folder(folder)
     print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
 
@@ -298,6 +312,19 @@ def _on(machine: Machine) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {machine.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return machine.device
+
+
+def _processes() -> Processes:
+    """Those that `accelerate launch` has started, or just this one."""
+    from fewstep.processes import ALONE, Processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ValueError("several processes need accelerate: pip install accelerate") from error
+    return Processes(Accelerator())
 
 
 def main(arguments: list[str] | None = None) -> None:

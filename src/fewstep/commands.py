@@ -20,8 +20,9 @@ from fewstep import __version__, models, report
 from fewstep.config import FinetuneConfig, Source, TrainConfig
 from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser, shape_of
+from fewstep.dxmi import Goal, make_goal, make_state
 from fewstep.dxmi import finetune as finetune_loop
-from fewstep.dxmi import make_state
+from fewstep.processes import ALONE, Processes
 from fewstep.run import (
     fingerprint,
     open_run,
@@ -73,7 +74,7 @@ def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", t
     if state.schedule is not None:  # before the weights, which tell that the run has finished
         about = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "data": source.data}
         dataclasses.replace(state.schedule, provenance=about | state.schedule.provenance).save(folder / SCHEDULE)
-    models.save_weights(state.averaged.module, folder / models.MODEL)
+    models.save_weights(state.averaged.module.state_dict(), folder / models.MODEL)
     return folder
 
 
@@ -86,23 +87,42 @@ def finetune(
     schedule_name: str = "karras",
     device: str = "cpu",
     track: Track = silent,
+    reward: str | None = None,
+    reward_weight: float = 1.0,
+    processes: Processes = ALONE,
 ) -> File:
-    """Fine-tune a sampler of `steps` evaluations and its energy into the folder `out`; continues where a killed run stood."""
+    """Fine-tune a sampler of `steps` evaluations and its energy into the folder `out`; continues where a killed run stood.
+
+    The weights that are kept are those whose samples were closest to the held-out data. A conditional model is given the
+    data's labels. Of several processes only the first one writes.
+    """
     denoiser, data = models.load_denoiser(model, device), load(source)
     require_shape(denoiser, data.shape)
     if len(data.train) < config.batch_size:
         raise ValueError(f"too few samples: {len(data.train)} for a batch of {config.batch_size}; lower --batch-size")
+    if config.batch_size % processes.count:
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared evenly by {processes.count} processes")
     times = find_schedule(schedule_name, denoiser).times(denoiser.path, steps)
     state = make_state(denoiser, times, config, data.shape)
+    labels, test_labels = (data.train_labels, data.test_labels) if denoiser.classes else (None, None)
+    worth = models.load_reward(reward) if reward else None
+    goal = make_goal(data.train.to(device), labels, worth, reward_weight)
     settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "shape": list(data.shape)}
-    folder = open_run(out, "finetune", settings | data_settings(source, data) | dataclasses.asdict(config))
-    resume(folder, state)
-    loop = record(folder, state, finetune_loop(state, data.train.to(device)))
-    for _ in track(loop, config.iterations - state.step, f"fine-tuning {steps} steps"):
+    settings |= {"reward": reward, "reward_weight": reward_weight} if reward else {}
+    settings |= data_settings(source, data) | dataclasses.asdict(config)
+    if processes.index == 0:
+        open_run(out, "finetune", settings)
+    processes.wait()
+    resume(out, state, processes.index == 0)
+    loop = finetune_loop(state, goal, Goal(data.test.to(device), test_labels), processes)
+    if processes.index == 0:
+        loop = record(out, state, loop)
+    for _ in track(loop, state.total - state.step, f"fine-tuning {steps} steps"):
         pass
-    models.save_weights(state.averaged.module, folder / models.SAMPLER)
-    models.save_weights(state.averaged_value.module, folder / models.VALUE)
-    return folder
+    if processes.index == 0:
+        models.save_weights(state.best["sampler"], out / models.SAMPLER)
+        models.save_weights(state.best["value"], out / models.VALUE)
+    return out
 
 
 def baselines(like: Schedule) -> dict[str, Schedule]:

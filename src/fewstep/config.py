@@ -126,33 +126,43 @@ class Condition:
 class FinetuneConfig:
     """How a few-step sampler and its energy are learned together (DxMI). Costs are means per dimension, in nats."""
 
-    iterations: Count = 1600
+    iterations: Count = 2000
     """Iterations: each one rollout, one step of the value and energy, one step of the sampler."""
-    warmup: Annotated[int, Field(ge=0)] = 200
-    """Iterations at the start in which only the value and energy learn, so that the sampler has something to follow."""
-    batch_size: Count = 64
+    density_iterations: Annotated[int, Field(ge=0)] = 1500
+    """Iterations before these, in which the density of the data is learned, which the energy then starts from and is held
+    to; 0 is the published method, whose energy starts from nothing and is held to 0."""
+    batch_size: Count = 128
     """Rollouts, and data, per iteration."""
-    lr: Positive = 5e-6
-    """Adam's rate for the sampler's network. All rates fall linearly over the second half."""
+    lr: Positive = 1e-4
+    """Adam's rate for the sampler's network. These rates fall linearly over the second half."""
     lr_std: Positive = 3e-4
-    """Adam's rate for the log of the step noises (the paper: 100 times the sampler's)."""
-    lr_value: Positive = 5e-4
-    """Adam's rate for the value and energy (above the sampler's)."""
-    tau: NotNegative = 0.01
-    """Temperature: weight of the entropy and velocity costs, per dimension."""
-    gamma: NotNegative = 1.0
-    """Weight of the energy's square, which bounds it."""
-    velocity_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
-    """Decay of the running mean square velocity (the paper's a); 1 keeps the path's own."""
+    """Adam's rate for the log of the step noises."""
+    lr_value: Positive = 1e-4
+    """Adam's rate for the correction of value and energy; above this it learns small data by heart (docs/log.md)."""
+    lr_density: Positive = 2e-3
+    """Adam's rate for the density; it falls to 0 along a cosine."""
+    tau: NotNegative | None = None
+    """Temperature: weight of the entropy and velocity costs, per dimension. Derived from the density's spread if not given;
+    without a density the paper's 0.1."""
+    gamma: Positive = 1.0
+    """Weight of the square of the energy's correction, which bounds it."""
+    value: Literal["per_step", "shared"] = "per_step"
+    """per_step: a value that knows the step; shared: one energy for all steps, as the paper has for images."""
+    time_cost: Literal["none", "linear", "sigmoid"] = "sigmoid"
+    """What a shared value is told that a step costs."""
+    velocity_decay: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Decay of the running mean square velocity (the paper's a, 0.99); 1 keeps the path's own."""
     momentum: Decay = 0.0
-    """Adam's first moment decay, of all three; above 0 the two players overshoot each other."""
+    """Adam's first moment decay, of sampler and value; above 0 the two players overshoot each other."""
     ema: Decay = 0.995
     """Decay of the averaged sampler and value, which are the ones that are used."""
     clip: Positive = 1.0
     """Largest norm of the gradient of the sampler's network."""
-    eta: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Noise of the untrained steps, as a share of ancestral sampling's."""
     last_std: NotNegative = 0.1
     """Fixed noise of the last step, added to the data as well; 0 makes the step deterministic, without running cost."""
+    bf16: bool = False
+    """Run the sampler's network in bfloat16; value and energy stay in float32."""
+    compile: bool = False
+    """Compile the sampler's network with torch.compile."""
     seed: int = 0
     """Seed of the value's weights, the data's order and the noise."""

@@ -63,10 +63,14 @@ def to_velocity(x0: Tensor, x: Tensor, path: Path, t: Tensor | float) -> Tensor:
 
 
 class Denoiser(nn.Module, ABC):
-    """A model on a path. `shape` is one sample's shape where it is known; `evaluations` the passes per call."""
+    """A model on a path. `shape` is one sample's shape where it is known; `evaluations` the passes per call.
+
+    classes: of a class-conditional model, which is told cond["class_labels"] (b,); the index `classes` means none.
+    """
 
     path: Path
     shape: tuple[int, ...] | None = None
+    classes: int | None = None
     evaluations: int = 1
     default_levels: Callable[[int], Tensor | None] | None = None
 

@@ -3,17 +3,24 @@
     min over E, max over pi    E_data[E(x)] - E_pi[E(x_N)] + tau H(pi)                     (DxMI, Yoon et al. 2024)
 
 solved by dynamic programming (DxDP) along the sampler's own rollouts x_0 .. x_N, noise to data: no teacher, no
-back-propagation through the chain, no MCMC. Per iteration, on one batch of fresh rollouts:
+back-propagation through the chain, no MCMC. V(x, i) = tau A(x, i) + C(x, i), the last slice being the energy (energy.py).
 
-    energy   mean E(data) - mean E(x_N) + gamma (mean E(data)^2 + mean E(x_N)^2)
-    value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once, with E = V(., N)
+First A, from the data alone, by denoising score matching. Then, per iteration, on one batch of fresh rollouts:
+
+    energy   mean C(data, N) - mean C(x_N, N) + gamma (mean C(data, N)^2 + mean C(x_N, N)^2)
+    value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once
     sampler  V(x'_{i+1}, i+1) + c_i,  x'_{i+1} redrawn from the policy, gradient through one transition only
     c_i    = tau ( -log std_i + |x_i - k_i x_{i+1}|^2 / (2 s_i^2) )     running cost, mean per dimension
 
-c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper
-takes k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not
-charge for the rescaling of the others; s_i^2 starts at that kernel's variance and then follows the running mean square
-(adaptive velocity regularisation). A step without noise has no running cost.
+The paper has no A. Its energy, held to 0 by gamma, has the optimum (pi - p)/(2 gamma (pi + p)), which is 0 where pi = p:
+then nothing but entropy is left to follow, and the sampler spreads too far. Here gamma holds E to tau A instead, so that
+p = pi = q is a fixed point: C = 0, E = tau A, and exp(-A) is the density (docs/guide.md). A costs `density_iterations`;
+with none, all is the paper's.
+
+c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper takes
+k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not charge for
+the rescaling of the others; with A, s_i^2 stays that kernel's variance, for which the cost to go is A; the paper lets it
+follow the running mean square (adaptive velocity regularisation). A step without noise has no running cost.
 
 The last step's noise is fixed, so the sampler cannot reach the data itself, only the data with that noise added: that is
 what it is held to, or the energy would learn to see the noise. `Sampler.sample` leaves the noise of the last step out.
@@ -22,22 +29,68 @@ what it is held to, or the energy would learn to see the noise. `Sampler.sample`
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
-from fewstep.denoiser import Denoiser
-from fewstep.energy import Value
+from fewstep.denoiser import Cond, Denoiser
+from fewstep.energy import Value, density_loss, make_value, repeated
+from fewstep.metrics import sliced_wasserstein
 from fewstep.path import broadcast
-from fewstep.sampler import Sampler
+from fewstep.processes import ALONE, Processes
+from fewstep.sampler import Sampler, posterior_std
 from fewstep.training import averaged
+
+SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
+LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
+ROLL_BACKS = 5
+FEW = 1000  # held-out data, and samples to hold against them
+
+Reward = Callable[[Tensor], Tensor]
+
+
+class Goal(NamedTuple):
+    """What the sampler is to reach: data (n, *d), their labels (n,) or None, and a reward r(x) -> (b,), higher = better.
+
+    With a reward the aim is p(x) exp(weight r(x)): data are drawn that often, and the energy has -weight r in it.
+    """
+
+    data: Tensor
+    labels: Tensor | None = None
+    reward: Reward | None = None
+    weight: float = 0.0
+    shares: Tensor | None = None
+
+    def rows(self, n: int, generator: torch.Generator) -> Tensor:
+        if self.shares is None:
+            return torch.randint(len(self.data), (n,), generator=generator)
+        return torch.multinomial(self.shares, n, replacement=True, generator=generator)
+
+
+def make_goal(data: Tensor, labels: Tensor | None = None, reward: Reward | None = None, weight: float = 1.0) -> Goal:
+    """Raises ValueError where the reward is not one finite number per sample, or leaves hardly any data to learn from."""
+    if reward is None:
+        return Goal(data, labels)
+    with torch.no_grad():
+        each = torch.cat([reward(part).detach().double().cpu() for part in data.split(500)])
+    if each.shape != (len(data),) or not bool(torch.isfinite(each).all()):
+        raise ValueError(f"a reward returns one finite number per sample, (b,); got shape {tuple(each.shape)} for {len(data)}")
+    shares = torch.softmax(weight * each, 0)
+    left = float(1 / (shares**2).sum())
+    if left < 20:
+        raise ValueError(f"with weight {weight:g} the reward leaves {left:.1f} of {len(data)} data in effect; lower the weight")
+    return Goal(data, labels, reward, weight, shares)
 
 
 class FinetuneState:
-    """All that the next iteration needs. `averaged.module` is the sampler to use, `averaged_value.module` its energy."""
+    """All that the next iteration needs. `averaged.module` is the sampler to use, `averaged_value.module` its energy.
+
+    step counts the density's iterations first, then the sampler's. rate: share of the learning rates that is left after
+    roll-backs. best: weights of the averaged sampler and value with the least `held_out_sw`, where data are held out.
+    """
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig):
         if value.steps != sampler.steps:
@@ -50,20 +103,26 @@ class FinetuneState:
         self.config, self.sampler, self.value = config, sampler, value
         self.averaged = averaged(sampler, config.ema)
         self.averaged_value = averaged(value, config.ema)
+        betas = (config.momentum, 0.999)
         self.sampler_optimiser = torch.optim.Adam(
-            [{"params": list(sampler.denoiser.parameters())}, {"params": [sampler.log_std]}],
-            lr=config.lr,
-            betas=(config.momentum, 0.999),
+            [{"params": list(sampler.denoiser.parameters())}, {"params": [sampler.log_std]}], lr=config.lr, betas=betas
         )
-        self.value_optimiser = torch.optim.Adam(value.parameters(), lr=config.lr_value, betas=(config.momentum, 0.999))
+        self.value_optimiser = torch.optim.Adam(value.critic_parameters(), lr=config.lr_value, betas=betas)
+        self.density_optimiser = torch.optim.Adam([{"params": value.density_parameters()}], lr=config.lr_density)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.step = 0
+        self.step, self.rate, self.rolled_back = 0, 1.0, 0
+        self.best: dict[str, Any] = {}
+        self.first_std = sampler.std().detach()[:-1].clone()
 
         path, t, s = sampler.path, sampler.times[:-1].cpu(), sampler.times[1:].cpu()
         back = path.alpha(t) / path.alpha(s)
         self.back_scale = back.to(sampler.log_std)
         self.back_variance = (path.sigma(t) ** 2 - (back * path.sigma(s)) ** 2).to(sampler.log_std)
         self.noisy = (sampler.std() > 0).detach()
+
+    @property
+    def total(self) -> int:
+        return self.config.density_iterations + self.config.iterations
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -74,18 +133,30 @@ class FinetuneState:
             "averaged_value": self.averaged_value,
             "sampler_optimiser": self.sampler_optimiser,
             "value_optimiser": self.value_optimiser,
+            "density_optimiser": self.density_optimiser,
         }
 
+    def learned(self) -> dict[str, Any]:
+        """What a roll-back restores."""
+        return {name: part.state_dict() for name, part in self._parts.items()} | {"back_variance": self.back_variance}
+
+    def restore(self, learned: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.load_state_dict(learned[name])
+        self.back_variance = learned["back_variance"].to(self.back_variance).clone()
+
     def state_dict(self) -> dict[str, Any]:
-        own = {"generator": self.generator.get_state(), "back_variance": self.back_variance, "step": self.step}
-        return {name: part.state_dict() for name, part in self._parts.items()} | own
+        own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
+        return self.learned() | own | {"rolled_back": self.rolled_back, "best": self.best, "first_std": self.first_std}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+        self.restore(state)
         self.generator.set_state(state["generator"])
-        self.back_variance = state["back_variance"].to(self.back_variance)
-        self.step = state["step"]
+        self.step, self.rate, self.rolled_back = state["step"], state["rate"], state["rolled_back"]
+        self.best, self.first_std = state["best"], state["first_std"].to(self.first_std)
+
+
+# --- the costs ----------------------------------------------------------------------------------------------------
 
 
 def squared_velocity(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
@@ -94,96 +165,255 @@ def squared_velocity(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor)
 
 
 def running_cost(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor, std: Tensor) -> Tensor:
-    """c_i of transitions x -> x_next (b, *d) in steps i (b,) with noise std (b,): (b,), nats, mean per dimension."""
+    """c_i of transitions x -> x_next (b, *d) in steps i (b,) with noise std (b,): (b,), nats, mean per dimension, times tau."""
     entropy = -torch.where(state.noisy[i], std, 1.0).log()
     velocity = squared_velocity(state, i, x, x_next) / (2 * state.back_variance[i])
-    return state.config.tau * state.noisy[i] * (entropy + velocity)
+    return state.value.tau * state.noisy[i] * (entropy + velocity)
 
 
-def value_step(state: FinetuneState, data: Tensor, i: Tensor, x: Tensor, x_next: Tensor) -> dict[str, float]:
+def time_cost(kind: str, steps: int) -> Tensor:
+    """R(i) of the paper's image experiments, (N,): what a shared value, which cannot see i, is told that step i costs.
+
+    sigmoid: S(N/2 - i) - S(N/2 - i - 1), S logistic; linear: 0.05.
+    """
+    i = torch.arange(steps, dtype=torch.float32)
+    if kind == "sigmoid":
+        return torch.sigmoid(steps / 2 - i) - torch.sigmoid(steps / 2 - i - 1)
+    return torch.full((steps,), 0.05 if kind == "linear" else 0.0)
+
+
+def cost_to_go(state: FinetuneState, goal: Goal, x: Tensor, i: Tensor, cond: Cond) -> Tensor:
+    """V(x, i), and at the end the reward as well: (b,)."""
+    value = state.value(x, i, cond)
+    if goal.reward is None:
+        return value
+    last = i == state.sampler.steps
+    reward = torch.zeros_like(value).masked_scatter(last, goal.reward(x[last]).to(value))
+    return value - state.value.tau * goal.weight / state.value.dimensions * reward
+
+
+# --- one step of each ---------------------------------------------------------------------------------------------
+
+
+def value_step(
+    state: FinetuneState,
+    goal: Goal,
+    data: Tensor,
+    i: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    cond: Cond = None,
+    processes: Processes = ALONE,
+) -> dict[str, float]:
     """One step of energy and value together, on data (b, *d) and the transitions x -> x_next (N b, *d) of steps i."""
-    config, value = state.config, state.value
-    generated = x_next[i == state.sampler.steps - 1]
+    config, value, steps = state.config, state.value, state.sampler.steps
+    generated, every = x_next[-len(data) :], repeated(cond, steps)
     with torch.no_grad():
-        target = value(x_next, i + 1) + running_cost(state, i, x, x_next, state.sampler.std()[i])
-    of_data, of_generated = value.energy(data), value.energy(generated)
+        target = cost_to_go(state, goal, x_next, i + 1, every)
+        if value.density_net is not None:
+            target = target - value.tau * value.density(x, i, every)
+        if value.shared:
+            target = target + time_cost(config.time_cost, steps).to(x)[i]
+        else:
+            target = target + running_cost(state, i, x, x_next, state.sampler.std()[i])
+        by_step = target.reshape(steps, -1)
+        if not value.shared:  # only differences within a step matter, and the constants of A are arbitrary
+            target = (by_step - processes.average(by_step.mean(1, keepdim=True))).flatten()
+    of_data, of_generated = value.correction(data, steps, cond), value.correction(generated, steps, cond)
     gap = of_data.mean() - of_generated.mean()
     energy_loss = gap + config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
-    value_loss = ((target - value(x, i)) ** 2).mean()
-    state.value_optimiser.zero_grad()
+    value_loss = ((target - value.correction(x, i, every)) ** 2).mean()
     # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
-    (energy_loss + state.sampler.steps * value_loss).backward()
-    state.value_optimiser.step()
-    return {
-        "energy_data": float(of_data.detach().mean()),
-        "energy_generated": float(of_generated.detach().mean()),
-        "value_loss": float(value_loss.detach()),
-    }
+    norm = take_step(state.value_optimiser, energy_loss + steps * value_loss, processes)
+    return processes.mean(
+        {
+            "energy_data": float(of_data.detach().mean()),
+            "energy_generated": float(of_generated.detach().mean()),
+            "energy_gap": float(gap.detach()),
+            "value_loss": float(value_loss.detach()),
+        }
+    ) | {"value_gradient_norm": norm}
 
 
-def sampler_step(state: FinetuneState, i: Tensor, x: Tensor) -> dict[str, float]:
+def sampler_step(
+    state: FinetuneState,
+    goal: Goal,
+    i: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    cond: Cond = None,
+    processes: Processes = ALONE,
+) -> dict[str, float]:
     """One step of the sampler on states x (N b, *d) at steps i: expected value of the next state plus running cost."""
-    transition = state.sampler.step(x, i)
-    x_next = transition.draw(state.generator)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
+        law = state.sampler.step(x, i, cond)
+    x_next = law.at(noise)
     state.value.requires_grad_(False)
-    to_go = state.value(x_next, i + 1).mean()
-    cost = running_cost(state, i, x, x_next, transition.std).mean()
-    state.sampler_optimiser.zero_grad()
-    (state.sampler.steps * (to_go + cost)).backward()
+    to_go = cost_to_go(state, goal, x_next, i + 1, cond).mean()
+    cost = running_cost(state, i, x, x_next, law.std).mean()
+    norm = take_step(state.sampler_optimiser, state.sampler.steps * (to_go + cost), processes, state.config.clip)
     state.value.requires_grad_(True)
-    norm = nn.utils.clip_grad_norm_(state.sampler.denoiser.parameters(), state.config.clip)
-    state.sampler_optimiser.step()
-    return {"value_next": float(to_go.detach()), "running_cost": float(cost.detach()), "gradient_norm": float(norm)}
+    found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
+    return found | {"gradient_norm": norm}
 
 
-def iterate(state: FinetuneState, data: Tensor) -> dict[str, float]:
-    """One iteration: rollout, value and energy, sampler, averages. data: a batch (b, *d)."""
+def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Processes, clip: float = float("inf")) -> float:
+    """A gradient step, if the gradient is finite. Returns the norm of the first group's gradient, before clipping to `clip`."""
+    optimiser.zero_grad()
+    loss.backward()
+    processes.average_gradients(optimiser)
+    norm = float(nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], clip))
+    if norm < float("inf"):
+        optimiser.step()
+    return norm
+
+
+def density_step(state: FinetuneState, data: Tensor, noise: Tensor, cond: Cond, processes: Processes) -> dict[str, float]:
+    """One step of denoising score matching; the rate falls to 0 along a cosine."""
+    done = state.step / state.config.density_iterations
+    group = state.density_optimiser.param_groups[0]
+    group["lr"] = state.rate * state.config.lr_density * (1 + float(torch.cos(torch.tensor(torch.pi * done)))) / 2
+    loss = density_loss(state.value, state.sampler, data, noise, cond)
+    norm = take_step(state.density_optimiser, loss, processes)
+    state.averaged_value.update_parameters(state.value)
+    return processes.mean({"density_loss": float(loss.detach())}) | {"density_gradient_norm": norm}
+
+
+@torch.no_grad()
+def start_sampler(state: FinetuneState, goal: Goal) -> None:
+    """When the density is known: the noise of each step from the data's posterior, and tau from the density's spread."""
     config, sampler = state.config, state.sampler
-    left = min(1.0, 2 * (1 - state.step / config.iterations))
+    rows = goal.rows(512, state.generator)
+    noise = torch.randn(2, len(rows), *goal.data.shape[1:], generator=state.generator)
+    data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
+    sampler.log_std.copy_(posterior_std(sampler, data, noise[0].to(data), cond).log())
+    state.first_std = sampler.std()[:-1].clone()
+    state.value.load_state_dict(state.averaged_value.module.state_dict())
+    if config.tau is None:
+        smoothed = data + float(sampler.last_std) * noise[1].to(data)
+        nats = state.value.dimensions * state.value.density(smoothed, sampler.steps, cond)
+        state.value.tau.fill_(SPREAD * state.value.dimensions / float(nats.std()))
+    state.averaged = averaged(sampler, config.ema)
+    state.averaged_value = averaged(state.value, config.ema)
+
+
+def condition(goal: Goal, rows: Tensor) -> Cond:
+    return None if goal.labels is None else {"class_labels": goal.labels[rows].to(goal.data.device)}
+
+
+def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
+    """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process has its share of the batch."""
+    config, sampler, steps = state.config, state.sampler, state.sampler.steps
+    rows = goal.rows(config.batch_size, state.generator)
+    shape = goal.data.shape[1:]
+    count = steps + 2 if state.step < config.density_iterations else 2 * steps + 2
+    noise = torch.randn(count, config.batch_size, *shape, generator=state.generator)
+    rows, noise = processes.share(rows), processes.share(noise, 1).to(goal.data)
+    data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
+    if state.step < config.density_iterations:
+        return density_step(state, data, noise[1:], cond, processes)
+
+    left = state.rate * min(1.0, 2 * (1 - (state.step - config.density_iterations) / config.iterations))
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
     for group, lr in zip(groups, (config.lr, config.lr_std, config.lr_value), strict=True):
         group["lr"] = lr * left
-
-    states = sampler.rollout(sampler.start(len(data), tuple(data.shape[1:]), state.generator), state.generator)
+    start = float(sampler.path.sigma(sampler.times[0].cpu())) * noise[0]
+    with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
+        states = sampler.rollout(start, cond=cond, noise=noise[1 : steps + 1])
     x, x_next = states[:-1].flatten(0, 1), states[1:].flatten(0, 1)
-    i = torch.arange(sampler.steps, device=x.device).repeat_interleave(len(data))
-    mean_square = squared_velocity(state, i, x, x_next).reshape(sampler.steps, -1).mean(1)
-    state.back_variance.lerp_(mean_square, 1 - config.velocity_decay)
+    i = torch.arange(steps, device=x.device).repeat_interleave(len(data))
+    if config.velocity_decay < 1:
+        mean_square = squared_velocity(state, i, x, x_next).reshape(steps, -1).mean(1)
+        state.back_variance.lerp_(processes.average(mean_square), 1 - config.velocity_decay)
 
-    metrics = value_step(state, data, i, x, x_next)
-    if state.step >= config.warmup:
-        metrics |= sampler_step(state, i, x)
+    smoothed = data + float(sampler.last_std) * noise[-1]
+    metrics = value_step(state, goal, smoothed, i, x, x_next, cond, processes)
+    metrics |= sampler_step(state, goal, i, x, noise[steps + 1 : -1].flatten(0, 1), repeated(cond, steps), processes)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
-    state.step += 1
-    metrics["energy_gap"] = metrics["energy_data"] - metrics["energy_generated"]
-    metrics["sample_std"] = float(states[-1].std())
-    metrics |= {f"step_noise_{k}": float(std) for k, std in enumerate(sampler.std().detach())}
-    return metrics
+    metrics |= processes.mean({"sample_std": float(states[-1].std())})
+    return metrics | {f"step_noise_{k}": float(std) for k, std in enumerate(sampler.std().detach())}
 
 
-def finetune(state: FinetuneState, data: Tensor) -> Iterator[dict[str, float]]:
-    """Run from state.step to the configured number of iterations over data (n, *d); yields the metrics of each.
+# --- the loop -----------------------------------------------------------------------------------------------------
 
-    Raises ValueError, naming the metric and the iteration, as soon as one is not finite.
+
+def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: float) -> str | None:
+    """What is wrong with the last iterations, or None: not finite, collapsed, blown up, or lost to the energy."""
+    mean = {name: sum(row[name] for row in window) / len(window) for name in window[0]}
+    bad = [name for name, value in mean.items() if not abs(value) < float("inf")]
+    if bad:
+        return f"{bad[0]} is not finite"
+    if "sample_std" not in mean:
+        return None
+    spread, noise = mean["sample_std"] / data_std, state.sampler.std().detach()[:-1] / state.first_std
+    if not 0.5 < spread < 2:
+        return f"the samples' standard deviation is {spread:.2g} of the data's"
+    if bool(((noise < 0.05) | (noise > 20)).any()):
+        return f"the step noises are {', '.join(f'{float(r):.2g}' for r in noise)} of those at the start"
+    if mean["energy_gap"] < -0.95 / state.config.gamma:  # -1/gamma: the supports do not meet
+        return "the energy tells every sample from the data"
+    return None
+
+
+def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
+    """Now and then, hold the averaged sampler against held-out data: {"held_out_sw": ..}; keeps the best in state.best."""
+    done = state.step - state.config.density_iterations
+    if held_out is None or done <= 0 or (done % JUDGE_EVERY and state.step < state.total):
+        return {}
+    sampler, g = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0)
+    data, cond = held_out.data[:FEW], condition(held_out, torch.arange(min(FEW, len(held_out.data))))
+    found = sliced_wasserstein(sampler.sample(sampler.start(len(data), tuple(data.shape[1:]), g), g, cond), data, 200, g)
+    if found < state.best.get("held_out_sw", float("inf")):
+        weights = {"sampler": sampler.state_dict(), "value": state.averaged_value.module.state_dict()}
+        state.best = copy.deepcopy({"held_out_sw": found, "step": state.step, **weights})
+    return {"held_out_sw": found}
+
+
+def finetune(
+    state: FinetuneState, data: Tensor | Goal, held_out: Goal | None = None, processes: Processes = ALONE
+) -> Iterator[dict[str, float]]:
+    """Run from state.step to state.total over data (n, *d), or a goal; yields the metrics of each iteration.
+
+    Every 50 iterations the last ones are looked at: where the sampler has collapsed or diverged, and at once where a number
+    is not finite, what was learned goes back to the last good state and all rates are halved. held_out: data that
+    the averaged sampler is held against now and then; the best one is kept in state.best. Raises ValueError, naming what is
+    wrong, when going back has not helped 5 times.
     """
-    while state.step < state.config.iterations:
-        rows = torch.randint(len(data), (state.config.batch_size,), generator=state.generator)
-        batch = data[rows.to(data.device)]
-        smoothing = torch.randn(batch.shape, generator=state.generator).to(batch)
-        metrics = iterate(state, batch + float(state.sampler.last_std) * smoothing)
-        for name, value in metrics.items():
-            if not abs(value) < float("inf"):
-                raise ValueError(f"{name} is not finite at iteration {state.step}: lower --lr and --lr-value")
-        yield metrics
+    goal = data if isinstance(data, Goal) else make_goal(data)
+    config = state.config
+    data_std = float(torch.hypot(goal.data.std().cpu(), state.sampler.last_std.cpu()))
+    good, window = copy.deepcopy(state.learned()), list[dict[str, float]]()
+    while state.step < state.total:
+        if state.step == config.density_iterations > 0:
+            start_sampler(state, goal)
+            good, window = copy.deepcopy(state.learned()), []
+        metrics = iterate(state, goal, processes)
+        state.step += 1
+        window.append(metrics)
+        finite = all(abs(value) < float("inf") for value in metrics.values())
+        if not finite or state.step % LOOK_EVERY == 0:
+            wrong = complaint(state, window[-1:] if not finite else window, data_std)
+            if wrong and state.rolled_back == ROLL_BACKS:
+                raise ValueError(f"{wrong} at iteration {state.step}, after {ROLL_BACKS} roll-backs; lower --lr and --lr-value")
+            if wrong:
+                state.restore(copy.deepcopy(good))
+                state.rate, state.rolled_back = state.rate / 2, state.rolled_back + 1
+            else:
+                good = copy.deepcopy(state.learned())
+            window = []
+        metrics = {name: value for name, value in metrics.items() if abs(value) < float("inf")}
+        yield metrics | {"rolled_back": float(state.rolled_back)} | keep_best(state, held_out)
 
 
 def make_state(denoiser: Denoiser, times: Tensor, config: FinetuneConfig, shape: tuple[int, ...]) -> FinetuneState:
     """A fresh state: a sampler on `times` from a trainable copy of the denoiser, and a new value for samples of this shape."""
     own = copy.deepcopy(denoiser).requires_grad_(True)
-    sampler = Sampler(own, times, config.last_std, config.eta)
+    if config.compile:
+        own.compile()
+    sampler = Sampler(own, times, config.last_std)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        value = Value(shape, sampler.radius())
+        value = make_value(sampler, shape, config)
     device = next(own.parameters(), torch.empty(0)).device
     return FinetuneState(sampler.to(device), value.to(device), config)

@@ -1,39 +1,178 @@
-"""How plausible is x?   An energy maps (b, *d) to (b,): low = plausible, and q(x) is proportional to exp(-E(x)/tau).
+"""How plausible is x?   An energy maps (b, *d) to (b,): low = plausible, and q(x) is proportional to exp(-D E(x)/tau).
 
-A Value maps (x, i) to the expected cost of the rest of the way from step i; its last slice is the energy, V(., N) = E.
-It sees the states of step i divided by their path's radius there, so that all are of the data's size, on VE paths too.
+A Value is the expected cost of the rest of the way from state x of step i, and its last slice is the energy, V(., N) = E:
+
+    V(x, i) = tau A(x, i) + C(x, i)        A = -log p_i(x)/D + const, the density of the data noised to step i's level
+                                           C = what experience with the sampler corrects
+
+Why A: where every step of the sampler is the reverse of the path's noising, the cost to go of maximum-entropy control *is*
+-log p_i, for every temperature tau. A is learned from the data alone (`fit_density`, denoising score matching), so that
+value and energy are right before the sampler makes its first move. Without A this is the paper's value.
+
+States are divided by their path's radius, so that all are of the data's size, on VE paths too. No normalisation layers: an
+energy must see scale.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks import MLP
+from fewstep.config import FinetuneConfig
+from fewstep.denoiser import Cond
+from fewstep.networks import MLP, MLP_UP_TO
+from fewstep.sampler import Sampler
+
+PUBLISHED_TAU = 0.1  # in two dimensions
+
+
+class ScalarMLP(nn.Module):
+    """f(x, condition): (b, *d), (b, c) -> (b,), on flattened samples."""
+
+    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 128, depth: int = 2):
+        super().__init__()
+        self.mlp = MLP(math.prod(shape), condition, 1, width, depth)
+        self.last = self.mlp.leave
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.mlp(x.flatten(1), condition)[:, 0]
+
+
+class ScalarConv(nn.Module):
+    """f(x, condition): (b, c, h, w), (b, c) -> (b,), by residual convolutions that halve the image down to 4 to 7 pixels."""
+
+    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 32):
+        super().__init__()
+        channels, side = shape[0], min(shape[1:])
+        halvings = max(1, int(math.log2(side / 4)))
+        widths = [width * min(2**k, 4) for k in range(halvings + 1)]
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.halve = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in widths[1:])
+        self.conditions = nn.ModuleList(nn.Linear(condition, b) for b in widths[1:])
+        with torch.no_grad():
+            pixels = math.prod(self._shrink(torch.zeros(1, *shape), torch.zeros(1, condition)).shape[1:])
+        self.last = nn.Linear(pixels, 1)
+
+    def _shrink(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.enter(x)
+        for halve, block, scale in zip(self.halve, self.blocks, self.conditions, strict=True):
+            h = halve(nn.functional.silu(h))
+            h = h + block(nn.functional.silu(h + scale(condition)[:, :, None, None]))
+        return nn.functional.silu(h)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.last(self._shrink(x, condition).flatten(1))[:, 0]
+
+
+def scalar_net(shape: tuple[int, ...], condition: int) -> ScalarMLP | ScalarConv:
+    """An MLP up to 256 numbers per sample and for vectors, convolutions for larger images."""
+    return ScalarConv(shape, condition) if len(shape) == 3 and math.prod(shape) > MLP_UP_TO else ScalarMLP(shape, condition)
 
 
 class Value(nn.Module):
-    """V(x, i) by an MLP on flattened samples, for steps i = 0..N; `energy(x)` is V(x, N).
+    """V(x, i) for steps i = 0..N; `energy(x)` is V(x, N).
 
-    radius: (N+1,), the size of the states of each step, `Sampler.radius()`.
+    radius: (N+1,), the size of the states of each step, `Sampler.radius()`. classes: of a conditional model, whose value
+    takes cond["class_labels"] (b,), the index `classes` meaning no class. density: whether V has the part tau A. shared: one
+    function of x for all steps (the paper's, for images).
     """
 
     radius: Tensor
+    tau: Tensor
 
-    def __init__(self, shape: tuple[int, ...], radius: Tensor, width: int = 128, depth: int = 2, step_features: int = 32):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        radius: Tensor,
+        tau: float = 0.0,
+        density: bool = False,
+        shared: bool = False,
+        classes: int | None = None,
+        features: int = 32,
+    ):
         super().__init__()
-        self.steps = len(radius) - 1
+        self.steps, self.dimensions, self.shared, self.classes = len(radius) - 1, math.prod(shape), shared, classes
         self.register_buffer("radius", radius.float())
-        self.of_step = nn.Embedding(self.steps + 1, step_features)
-        self.mlp = MLP(math.prod(shape), step_features, 1, width, depth)
+        self.register_buffer("tau", torch.tensor(float(tau)))
+        self.of_step = nn.Embedding(self.steps + 1, features)
+        self.of_class = nn.Embedding(classes + 1, features) if classes else None
+        self.critic = scalar_net(shape, features)
+        self.density_net = scalar_net(shape, features) if density else None
+        if density:  # V starts as the density alone
+            nn.init.zeros_(self.critic.last.weight)
+            nn.init.zeros_(self.critic.last.bias)
+            self.density_of_step = nn.Embedding(self.steps + 1, features)
+            self.density_of_class = nn.Embedding(classes + 1, features) if classes else None
+            self.log_precision = nn.Parameter(torch.zeros(self.steps + 1))
 
-    def forward(self, x: Tensor, i: int | Tensor) -> Tensor:
-        """i: one index, or one per sample (b,). Returns (b,)."""
-        index = torch.as_tensor(i, device=x.device).expand(len(x))
-        return self.mlp(x.flatten(1) / self.radius[index, None], self.of_step(index))[:, 0]
+    def density_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if name.startswith(("density", "log_precision"))]
 
-    def energy(self, x: Tensor) -> Tensor:
-        """E(x): (b,)."""
-        return self(x, self.steps)
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if not name.startswith(("density", "log_precision"))]
+
+    def _labels(self, x: Tensor, cond: Cond) -> Tensor:
+        assert self.classes is not None
+        labels = (cond or {}).get("class_labels")
+        return torch.full((len(x),), self.classes, device=x.device) if labels is None else labels.to(x.device)
+
+    def density(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Tensor:
+        """A(x, i) = -log p_i(x) in nats per dimension, up to a constant of its own for each i: (b,)."""
+        assert self.density_net is not None
+        i = torch.as_tensor(i, device=x.device).expand(len(x))
+        condition = self.density_of_step(i)
+        if self.density_of_class is not None:
+            condition = condition + self.density_of_class(self._labels(x, cond))
+        scaled = x.flatten(1) / self.radius[i, None]
+        gaussian = self.log_precision[i].exp() * (scaled**2).sum(1) / 2
+        return (gaussian + self.density_net(scaled.reshape(x.shape), condition)) / self.dimensions
+
+    def correction(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Tensor:
+        """C(x, i): (b,)."""
+        i = torch.as_tensor(i, device=x.device).expand(len(x))
+        condition = self.of_step(torch.full_like(i, self.steps) if self.shared else i)
+        if self.of_class is not None:
+            condition = condition + self.of_class(self._labels(x, cond))
+        return self.critic((x.flatten(1) / self.radius[i, None]).reshape(x.shape), condition)
+
+    def forward(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Tensor:
+        """x: (b, *d); i: one index, or one per sample (b,). Returns (b,)."""
+        correction = self.correction(x, i, cond)
+        return correction if self.density_net is None else self.tau * self.density(x, i, cond) + correction
+
+    def energy(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """E(x): (b,); -log q(x) = D E(x)/tau + const."""
+        return self(x, self.steps, cond)
+
+
+def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig) -> Value:
+    """The untrained value that a FinetuneConfig describes; its weights depend on torch's global seed."""
+    tau = config.tau if config.tau is not None else PUBLISHED_TAU
+    classes = sampler.denoiser.classes
+    return Value(shape, sampler.radius(), tau, config.density_iterations > 0, config.value == "shared", classes)
+
+
+def density_loss(value: Value, sampler: Sampler, x0: Tensor, eps: Tensor, cond: Cond = None) -> Tensor:
+    """Denoising score matching of A at the levels of all steps at once: mean square of sigma_i D grad A - eps, per dimension.
+
+    x0: data (b, *d); eps: standard normal (N+1, b, *d). Its least value is that of a perfect noise prediction. The last level
+    is the noise of the sampler's last step, or the path's cleanest where that has none: the data itself may have no density.
+    """
+    levels = sampler.levels()
+    i = torch.arange(value.steps + 1, device=x0.device).repeat_interleave(len(x0))
+    alpha, sigma = (level.to(x0)[i].reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
+    eps = eps.flatten(0, 1)
+    x = (alpha * x0.repeat(value.steps + 1, *[1] * (x0.ndim - 1)) + sigma * eps).requires_grad_(True)
+    with torch.enable_grad():
+        total = value.dimensions * value.density(x, i, repeated(cond, value.steps + 1)).sum()
+        (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+        return ((sigma * gradient - eps) ** 2).mean()
+
+
+def repeated(cond: Cond, times: int) -> Cond:
+    """The condition of (times, b) states in one batch."""
+    return None if cond is None else {k: torch.cat([v] * times) for k, v in cond.items()}

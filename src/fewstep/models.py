@@ -9,19 +9,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path as File
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from fewstep.config import TrainConfig
+from fewstep.config import FinetuneConfig, TrainConfig
 from fewstep.denoiser import Denoiser
-from fewstep.energy import Value
+from fewstep.energy import Value, make_value
 from fewstep.run import NotARun, read_config
 from fewstep.sampler import Sampler
 from fewstep.training import make_denoiser
@@ -29,14 +29,18 @@ from fewstep.training import make_denoiser
 MODEL, SAMPLER, VALUE = "model.safetensors", "sampler.safetensors", "value.safetensors"
 
 
-def train_config(settings: dict[str, Any]) -> TrainConfig:
-    """The training settings out of a run's, which hold the data's as well; one that an older run lacks has its default."""
-    return TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig) if field.name in settings})
+C = TypeVar("C", TrainConfig, FinetuneConfig)
 
 
-def save_weights(module: nn.Module, file: File) -> None:
+def config_of(kind: type[C], settings: dict[str, Any]) -> C:
+    """A command's settings out of a run's, which hold the data's as well; one that an older run lacks has its default."""
+    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
+
+
+def save_weights(weights: Mapping[str, Tensor], file: File) -> None:
+    """A module's state_dict()."""
     draft = File(f"{file}.part")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}, draft)
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, draft)
     os.replace(draft, file)
 
 
@@ -99,7 +103,7 @@ def _trained(folder: File) -> Denoiser:
     run = read_config(folder)
     if run["command"] != "train":
         raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a model is a folder of `fewstep train`")
-    denoiser = make_denoiser(tuple(run["config"]["shape"]), train_config(run["config"]))
+    denoiser = make_denoiser(tuple(run["config"]["shape"]), config_of(TrainConfig, run["config"]))
     load_weights(denoiser, folder / MODEL)
     return denoiser
 
@@ -117,11 +121,18 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
     settings = run["config"]
     model = settings["model"]
     denoiser = load_denoiser(str((folder / model).resolve()) if settings["model_is_local"] else model)
-    sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"], settings["eta"])
-    value = Value(tuple(settings["shape"]), sampler.radius())
+    sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"])
+    value = make_value(sampler, tuple(settings["shape"]), config_of(FinetuneConfig, settings))
     load_weights(sampler, folder / SAMPLER)
     load_weights(value, folder / VALUE)
     return sampler.to(device).eval().requires_grad_(False), value.to(device).eval().requires_grad_(False)
+
+
+def load_reward(name: str) -> Callable[[Tensor], Tensor]:
+    """The reward that `file.py:function` names: x (b, *d) -> (b,), higher = better."""
+    if ".py:" in name:
+        return load_function(name)
+    raise ValueError(f"no reward {name!r}: give file.py:function, a function of samples (b, *d) that returns (b,)")
 
 
 def relative_to(name: str, folder: File) -> tuple[str, bool]:

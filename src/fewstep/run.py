@@ -114,15 +114,16 @@ def write_lines(file: File, rows: list[dict[str, Any]]) -> None:
     os.replace(draft, file)
 
 
-def resume(folder: File, state: Resumable) -> None:
-    """Load the checkpoint, if there is one, into the state, and drop the metrics that were logged after it."""
+def resume(folder: File, state: Resumable, writes: bool = True) -> None:
+    """Load the checkpoint, if there is one, into the state, and, if this process writes, drop what was logged after it."""
     if (folder / CHECKPOINT).exists():
         try:
             state.load_state_dict(load_tree(folder / CHECKPOINT))
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / CHECKPOINT} does not fit this run ({error}); remove it to start over") from error
     file = folder / "metrics.jsonl"
-    write_lines(file, [row for row in read_lines(file) if row["step"] <= state.step])
+    if writes:
+        write_lines(file, [row for row in read_lines(file) if row["step"] <= state.step])
 
 
 def record(

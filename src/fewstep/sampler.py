@@ -2,20 +2,22 @@
 
     step i:  x_{i+1} = mean + std_i z,   mean = alpha_s x0 + sqrt(sigma_s^2 - std0_i^2) eps,   t = times[i], s = times[i+1]
 
-std0 is eta times ancestral sampling's, so an untrained Sampler with eta = 1 *is* the ancestral sampler, and DDIM in the
-limit of 0; std is learned from there, apart from the mean, except in the last step (to exact data), where it is fixed.
+std0 is ancestral sampling's, so an untrained Sampler *is* the ancestral sampler; std is learned from there, apart from the
+mean, except in the last step (to exact data), where it is fixed.
+Ancestral noise is right if x0 is known; `posterior_std` gives what few, long steps need, where it is not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoiser import Cond, Denoiser, to_eps
+from fewstep.denoiser import Cond, Denoiser
 from fewstep.path import Path, broadcast
-from fewstep.solvers import ancestral_std, require_times, update
+from fewstep.solvers import ancestral_std, require_times
 
 
 class Transition(NamedTuple):
@@ -28,30 +30,35 @@ class Transition(NamedTuple):
         """A reparametrised draw: differentiable in mean and std."""
         where = generator.device if generator is not None else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=where)
-        return self.mean + broadcast(self.std, self.mean) * noise.to(self.mean.device)
+        return self.at(noise.to(self.mean.device))
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The draw that standard normal noise (b, *d) stands for."""
+        return self.mean + broadcast(self.std, self.mean) * noise
 
 
 class Sampler(nn.Module):
-    """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step.
-
-    eta: the share of ancestral sampling's noise that the untrained sampler has.
-    """
+    """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step."""
 
     times: Tensor
-    initial_std: Tensor
+    of_x: Tensor
+    of_x0: Tensor
     last_std: Tensor
 
-    def __init__(self, denoiser: Denoiser, times: Tensor, last_std: float = 0.0, eta: float = 1.0):
+    def __init__(self, denoiser: Denoiser, times: Tensor, last_std: float = 0.0):
         super().__init__()
         times = require_times(times)
         if times[-1] != 0:
             raise ValueError(f"a sampler's times must end at exact data, 0, not at {times[-1]:.6g}")
-        if last_std < 0 or not 0 < eta <= 1:
-            raise ValueError(f"a sampler needs last_std >= 0 and eta in (0, 1], got {last_std} and {eta}")
+        if last_std < 0:
+            raise ValueError(f"a sampler needs last_std >= 0, got {last_std}")
         self.denoiser = denoiser
-        std = eta * ancestral_std(denoiser.path, times[:-1], times[1:])
+        path, t, s = denoiser.path, times[:-1], times[1:]
+        std = ancestral_std(path, t, s)
+        of_x = torch.sqrt((path.sigma(s) ** 2 - std**2).clamp(min=0)) / path.sigma(t)
         self.register_buffer("times", times)
-        self.register_buffer("initial_std", std)
+        self.register_buffer("of_x", of_x, persistent=False)  # mean = of_x x + of_x0 x0
+        self.register_buffer("of_x0", path.alpha(s) - of_x * path.alpha(t), persistent=False)
         self.register_buffer("last_std", torch.tensor([last_std], dtype=torch.float32))
         self.log_std = nn.Parameter(std[:-1].log().float())
 
@@ -61,11 +68,20 @@ class Sampler(nn.Module):
 
     @property
     def steps(self) -> int:
-        return len(self.initial_std)
+        return len(self.times) - 1
 
     def radius(self) -> Tensor:
         """The size of the states of each step, hypot(alpha, sigma): (N+1,)."""
         return torch.hypot(self.path.alpha(self.times), self.path.sigma(self.times))
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of the states of each step, 2 x (N+1,): the path's, and at the end the last step's own noise.
+
+        Where that is none, the path's cleanest level.
+        """
+        alpha, sigma = self.path.alpha(self.times), self.path.sigma(self.times).clone()
+        sigma[-1] = float(self.last_std) or self.path.sigma_min
+        return alpha, sigma
 
     def std(self) -> Tensor:
         """The noise of every step: (N,)."""
@@ -73,30 +89,72 @@ class Sampler(nn.Module):
 
     def step(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Transition:
         """The law of x_{i+1} given x_i = x (b, *d); i a step index, or one per sample (b,). Differentiable."""
-        j = torch.as_tensor(i).cpu()
+        j = torch.as_tensor(i, device=self.times.device)
         if bool((j < 0).any()):
             raise IndexError(f"steps count from 0 to {self.steps - 1}, got {int(j.min())}")
-        t, s = self.times.cpu()[j], self.times.cpu()[j + 1]
-        x0 = self.denoiser(x, t, cond)
-        mean = update(x0, to_eps(x0, x, self.path, t), self.path, s, self.initial_std.cpu()[j])
-        return Transition(mean, self.std()[j.to(self.log_std.device)])
+        x0 = self.denoiser(x, self.times[j].cpu(), cond)
+        mean = broadcast(self.of_x[j], x) * x + broadcast(self.of_x0[j], x) * x0
+        return Transition(mean, self.std()[j])
 
     def start(self, n: int, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """n states to roll out from: (n, *shape), on the sampler's device."""
         return self.path.start(n, shape, generator, self.times[0].cpu(), self.log_std.dtype, self.log_std.device)
 
     @torch.no_grad()
-    def rollout(self, start: Tensor, generator: torch.Generator | None = None, cond: Cond = None) -> Tensor:
-        """All states from noise to data, without gradients: (N+1, b, *d). N evaluations per sample."""
+    def rollout(
+        self,
+        start: Tensor,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """All states from noise to data, without gradients: (N+1, b, *d). N evaluations per sample.
+
+        noise: (N, b, *d), standard normal, in place of what the generator would draw.
+        """
         states = [start]
         for i in range(self.steps):
-            states.append(self.step(states[-1], i, cond).draw(generator))
+            law = self.step(states[-1], i, cond)
+            states.append(law.draw(generator) if noise is None else law.at(noise[i]))
         return torch.stack(states)
 
     @torch.no_grad()
-    def sample(self, start: Tensor, generator: torch.Generator | None = None, cond: Cond = None) -> Tensor:
-        """Samples (b, *d): a rollout whose last step is its mean, without noise. N evaluations per sample."""
+    def sample(
+        self,
+        start: Tensor,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+        value: Callable[..., Tensor] | None = None,
+        guidance: float = 0.0,
+    ) -> Tensor:
+        """Samples (b, *d): a rollout whose last step is its mean, without noise. N evaluations per sample.
+
+        value, guidance: value guidance, x_{i+1} - guidance std_i grad V(x_{i+1}, i+1) after every step (DxMI, Eq. 11).
+        """
         x = start
-        for i in range(self.steps - 1):
-            x = self.step(x, i, cond).draw(generator)
-        return self.step(x, self.steps - 1, cond).mean
+        for i in range(self.steps):
+            law = self.step(x, i, cond)
+            x = law.draw(generator) if i < self.steps - 1 else law.mean
+            if value is not None and guidance:
+                with torch.enable_grad():
+                    at = x.detach().requires_grad_(True)
+                    (gradient,) = torch.autograd.grad(value(at, i + 1, cond).sum(), at)
+                x = x - guidance * broadcast(law.std, x) * gradient
+        return x
+
+
+@torch.no_grad()
+def posterior_std(sampler: Sampler, data: Tensor, noise: Tensor, cond: Cond = None) -> Tensor:
+    """The noise that gives every step but the last its right variance, x0 being unknown: (N-1,).
+
+    std_i^2 = std0_i^2 + of_x0_i^2 E|x_0 - E[x_0 | x_i]|^2/D, whose mean is measured on data (b, *d) with standard normal noise
+    (b, *d): the optimal isotropic variance of Bao et al. (Analytic-DPM, 2022, Theorem 1), from squared errors.
+    """
+    path, known = sampler.path, ancestral_std(sampler.path, sampler.times[:-1].cpu(), sampler.times[1:].cpu())
+    found = []
+    for i in range(sampler.steps - 1):
+        t = sampler.times[i].cpu()
+        x = path.noised(data, noise, t)
+        error = ((sampler.denoiser(x, t, cond) - data) ** 2).double().mean().cpu()
+        found.append(torch.sqrt(known[i] ** 2 + sampler.of_x0[i].cpu() ** 2 * error))
+    return torch.stack(found) if found else known[:0]
