@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Solver, Source, TrainConfig
+from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Positive, Solver, Source, TrainConfig
 
 Flat = Parameter(name="*")
 Target = Literal["diffusers", "k-diffusion", "comfyui", "comfyui-node", "a1111", "json"]
@@ -141,6 +141,12 @@ def sample(
     schedule: ScheduleName | None = None,
     solver: Solver | None = None,
     shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where the model does not say it.")] = None,
+    label: Annotated[
+        list[int] | None, Parameter(help="A class, for a model of `train --labels`; several are dealt out in turn.")
+    ] = None,
+    guidance: Annotated[
+        Positive | None, Parameter(help="Scale of classifier-free guidance towards the label; doubles the evaluations.")
+    ] = None,
     seed: int = 0,
     machine: Annotated[Machine, Flat] = Machine(),
 ) -> None:
@@ -148,8 +154,8 @@ def sample(
     device = _on(machine)
     from fewstep import commands
 
-    folder = commands.sample(model, out, steps, count, schedule, solver, shape, seed, device, track)
-    print(f"{folder / 'samples.npz'} (key x) and {folder / 'samples.png'}")
+    folder = commands.sample(model, out, steps, count, schedule, solver, shape, seed, device, track, label or (), guidance)
+    print(f"{folder / 'samples.npz'} (key x{', labels y' if label else ''}) and {folder / 'samples.png'}")
 
 
 @app.command(sort_key=5)

@@ -99,7 +99,8 @@ def _trained(folder: File) -> Denoiser:
     run = read_config(folder)
     if run["command"] != "train":
         raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a model is a folder of `fewstep train`")
-    denoiser = make_denoiser(tuple(run["config"]["shape"]), train_config(run["config"]))
+    settings = run["config"]
+    denoiser = make_denoiser(tuple(settings["shape"]), train_config(settings), settings.get("classes"))
     load_weights(denoiser, folder / MODEL)
     return denoiser
 
