@@ -57,6 +57,95 @@ def test_the_way_from_data_to_samples(trained, tmp_path, monkeypatch):
         assert (tmp_path / name / "samples.png").stat().st_size > 1000
 
 
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """A folder with labelled points of two classes far apart, a model of them, and a sampler fine-tuned from it."""
+    root, g = tmp_path_factory.mktemp("labels"), torch.Generator().manual_seed(0)
+    y = torch.arange(600) % 2
+    x = 4.0 * y[:, None] - 2 + 0.3 * torch.randn(600, 2, generator=g)
+    np.savez(root / "points.npz", x=x.numpy(), y=y.numpy())
+    data = ("--data", root / "points.npz")
+    training = ("--iterations", 300, "--label-dropout", 0.2, "--lr", 5e-3, "--ema", 0.99, *TINY)
+    fewstep("train", *data, "--labels", "--out", root / "model", *training)
+    tuning = ("--iterations", 20, "--warmup", 5, "--batch-size", 32, "--steps", 3)
+    fewstep("finetune", "--model", root / "model", *data, "--out", root / "sampler", *tuning)
+    return root
+
+
+def sampled(model, out, *options):
+    fewstep("sample", "--model", model, "--count", 40, "--out", out, *options)
+    return np.load(out / "samples.npz")
+
+
+def test_samples_with_a_label_land_in_its_class(conditional, tmp_path):
+    """Class 0 lies around -2, class 1 around 2; several labels take turns; without one there are both."""
+    for model, more in (("model", ()), ("model", ("--guidance", 2)), ("sampler", ())):
+        out = tmp_path / f"{model}{len(more)}"
+        one = sampled(conditional / model, out / "one", "--label", 1, *more)
+        turns = sampled(conditional / model, out / "turns", "--label", 1, "--label", 0, *more)
+        assert one["y"].tolist() == [1] * 40
+        assert turns["y"].tolist() == [1, 0] * 20
+        np.testing.assert_allclose(one["x"].mean(0), 2, atol=0.4)
+        for found in (one, turns):
+            assert (np.sign(found["x"]) == 2 * found["y"][:, None] - 1).mean() > 0.95
+    both = sampled(conditional / "model", tmp_path / "both")
+    assert set(both) == {"x"}
+    assert 0.2 < (both["x"][:, 0] > 0).mean() < 0.8
+
+
+def test_a_conditional_model_serves_the_commands_that_know_no_labels(conditional, tmp_path):
+    model, data = ("--model", conditional / "model"), ("--data", conditional / "points.npz")
+    few = ("--cost", "corrector", "--draws", 16, "--probes", 20, "--verdict-noises", 8)
+    fewstep("schedule", *model, *few, "--out", tmp_path / "schedule")
+    more = ("--schedule", tmp_path / "schedule", "--steps", 6, "--count", 300, "--seeds", 1, "--out", tmp_path / "e")
+    fewstep("evaluate", *model, *data, *more)
+    (row,) = map(json.loads, (tmp_path / "e" / "evaluation.jsonl").read_text().splitlines())
+    assert row["sw"] < 0.8  # the data's radius is 2.9: both classes are there
+
+
+def test_a_labelled_run_continues_where_it_stood_and_notices_other_labels(conditional, tmp_path, capsys):
+    with np.load(conditional / "points.npz") as points:
+        x, y = points["x"], points["y"]
+    np.savez(tmp_path / "p.npz", x=x, y=y)
+    arguments = ("train", "--data", tmp_path / "p.npz", "--labels", "--iterations", 5, *TINY, "--out", tmp_path / "m")
+    fewstep(*arguments)
+    fewstep(*arguments)
+    np.savez(tmp_path / "p.npz", x=x, y=1 - y)
+    assert "labels_fingerprint was" in fewstep(*arguments, expect=2, capsys=capsys)
+
+
+def test_mistakes_with_labels_give_one_line(conditional, trained, tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    for name, y in (("from1", np.arange(50) % 3 + 1), ("gap", np.arange(50) % 3 * 2), ("named", np.array(["a", "b"] * 25))):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    train = ("train", *TINY, "--iterations", 1, "--labels", "--out", tmp_path / "out", "--data")
+    plain, model, sampler = (
+        ("sample", "--out", tmp_path / "out", "--model", name)
+        for name in (trained / "model", conditional / "model", conditional / "sampler")
+    )
+    for arguments, words in (
+        ((*train, trained / "points.npy"), "no labels"),
+        ((*train, tmp_path / "named.npz"), "no labels"),
+        ((*train, tmp_path / "from1.npz"), "3 different ones from 1 to 3: renumber"),
+        ((*train, tmp_path / "gap.npz"), "3 different ones from 0 to 4: renumber"),
+        ((*train, conditional / "points.npz", "--label-dropout", 0), "greater than 0"),
+        ((*plain, "--label", 1), "knows no classes, so leave --label out"),
+        ((*model, "--label", 2), "must lie in 0 .. 1"),
+        ((*model, "--label=-1"), "must lie in 0 .. 1"),
+        ((*model, "--label", "cat"), "cat"),
+        ((*model, "--guidance", 2), "--guidance needs a --label"),
+        ((*model, "--label", 1, "--guidance", 0), "greater than 0"),
+        ((*sampler, "--label", 2), "must lie in 0 .. 1"),
+        ((*sampler, "--label", 1, "--guidance", 2), "without guidance"),
+    ):
+        capsys.readouterr()
+        lines = fewstep(*arguments, expect=2, capsys=capsys).strip().splitlines()
+        assert len(lines) == 1, (arguments, lines)
+        assert words in lines[0], lines
+        assert not (tmp_path / "out").exists()
+    fewstep("train", "--data", tmp_path / "named.npz", "--out", tmp_path / "out", "--iterations", 1, *TINY)
+
+
 def test_equal_seeds_give_equal_samples_and_other_seeds_others(trained, tmp_path):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         arguments = ("--count", 20, "--solver", "ancestral", "--seed", seed, "--out", tmp_path / out)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fewstep.data import load_data
+from fewstep.data import count_classes, load_data
 
 
 def test_digits_are_scikit_learns_split_once_and_for_all():
@@ -92,6 +92,22 @@ def test_arrays_of_floats_stay_as_they_are_and_bytes_are_scaled(tmp_path):
     np.savez(tmp_path / "c.npz", z=x)
     with pytest.raises(ValueError, match="under x, X, images or data"):
         load_data(str(tmp_path / "c.npz"))
+
+
+def test_labels_are_whole_numbers_or_none_and_count_from_0(tmp_path):
+    x = np.random.default_rng(0).normal(size=(36, 2))
+    for y in (np.arange(36) % 3, (np.arange(36) % 3).astype(np.float32), (np.arange(36) % 3).astype(np.uint8)):
+        np.savez(tmp_path / "a.npz", x=x, labels=y)
+        data = load_data(str(tmp_path / "a.npz"))
+        assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
+        assert count_classes(data.train_labels) == 3
+    for y in (np.array(["cat"] * 36), np.linspace(0, 1, 36), np.full(36, np.nan), np.eye(36)):
+        np.savez(tmp_path / "a.npz", x=x, y=y)
+        assert load_data(str(tmp_path / "a.npz")).train_labels is None
+    assert count_classes(load_data("digits").train_labels) == 10
+    for labels in ([1, 2, 3], [0, 2], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="renumber"):
+            count_classes(torch.tensor(labels))
 
 
 def test_resizing_a_constant_keeps_it_and_needs_images(tmp_path):

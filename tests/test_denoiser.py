@@ -212,6 +212,12 @@ def test_a_new_path_hands_conditions_on_and_counts_the_same_evaluations():
     torch.testing.assert_close(seen(x, 0.3, {"label": label}), expected(x, 0.3, {"label": label}), rtol=0, atol=1e-9)
 
 
+def test_wrapping_keeps_the_number_of_classes():
+    model = Pretrained(lambda x, t: x, VE(), "x0", classes=3)
+    assert Guided(OnPath(model, Cosine()), 2.0, {"class_labels": torch.tensor([3])}).classes == 3
+    assert OnPath(Mixture([[0.0]], 1.0), VE()).classes is None
+
+
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Run folders: resume after a kill, bit for bit; foreign, damaged and other configurations' folders are left alone."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -71,11 +72,15 @@ def states():
     tuned = FinetuneConfig(iterations=95, warmup=25, batch_size=16)
     return {
         "train": (lambda: TrainState((2,), small), lambda state: train(state, data)),
+        "train with labels": (
+            lambda: TrainState((2,), dataclasses.replace(small, schedule="adaptive", schedule_every=10), classes=2),
+            lambda state: train(state, data, (data[:, 0] > 0).long()),
+        ),
         "finetune": (lambda: make_state(denoiser, times, tuned, (2,)), lambda state: finetune(state, data)),
     }
 
 
-@pytest.mark.parametrize("kind", ["train", "finetune"])
+@pytest.mark.parametrize("kind", ["train", "train with labels", "finetune"])
 def test_a_loop_that_stops_between_saves_repeats_exactly_what_was_lost(kind, tmp_path):
     make, loop = states()[kind]
     logs = []

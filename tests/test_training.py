@@ -13,13 +13,13 @@ import torch
 
 from fewstep import commands, run
 from fewstep.config import Source, TrainConfig
-from fewstep.denoiser import OnPath
+from fewstep.denoiser import Denoiser, Guided, OnPath
 from fewstep.mixture import Mixture, ring
 from fewstep.models import load_denoiser
 from fewstep.networks import make_denoising_net
 from fewstep.path import VE
 from fewstep.schedule import karras
-from fewstep.training import TrainState, adapt, averaged, first_schedule, train, training_levels
+from fewstep.training import TrainState, adapt, averaged, dropped, first_schedule, train, training_levels
 
 
 def test_training_learns_a_gaussian_whose_denoiser_is_known():
@@ -45,6 +45,120 @@ def test_every_network_learns_a_few_images_by_heart(network):
     losses = [metrics["loss"] for metrics in train(state, images)]
     first, last = sum(losses[:10]) / 10, sum(losses[-20:]) / 20
     assert last < 0.7 * first, (first, last)
+
+
+@pytest.mark.parametrize("network", ["mlp", "unet", "dit"])
+def test_every_network_learns_which_image_goes_with_which_label(network):
+    """Two images: near pure noise the belief is a label's own image, and half-way between them without a label."""
+    width, depth, iterations = {"mlp": (64, 2, 100), "unet": (8, 2, 100), "dit": (32, 1, 200)}[network]
+    config = TrainConfig(iterations=iterations, batch_size=16, network=network, width=width, depth=depth, lr=5e-3, ema=0.9)
+    config = dataclasses.replace(config, labels=True, label_dropout=0.3)
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
+    state = TrainState((1, 8, 8), config, classes=2)
+    for _ in train(state, images, torch.tensor([0, 1])):
+        pass
+    model = state.averaged.module
+    x = images[[0, 1, 0, 1]] + 10 * torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = model.path.time(math.atan(10))
+    with torch.no_grad():
+        of_label = [model(x, t, {"class_labels": torch.full((4,), k)}) for k in (0, 1, 2)]
+        without = model(x, t)
+    apart = (images[0] - images[1]).norm()
+    share = [float(((belief.mean(0) - images[0]) * (images[1] - images[0])).sum() / apart**2) for belief in of_label]
+    assert share == pytest.approx([0, 1, 0.5], abs=0.25)
+    assert torch.equal(without, of_label[2])
+    with pytest.raises(ValueError, match="no classes"):
+        make_denoising_net((1, 8, 8), network, width, depth)(x, torch.ones(4), class_labels=torch.zeros(4, dtype=torch.long))
+
+
+def test_a_dit_in_training_draws_nothing_of_its_own():
+    """Its weights would depend on torch's global generator, and a resumed run would differ from an undisturbed one."""
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = TrainState((1, 8, 8), TrainConfig(iterations=3, batch_size=16, network="dit", width=32, depth=1))
+        list(train(state, torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))))
+        weights.append(run.fingerprint(state.denoiser.state_dict().values()))
+    assert weights[0] == weights[1]
+
+
+PATH = VE(0.1, 10.0)
+CLASSES = [Mixture([mean], 0.7, path=PATH) for mean in ([-1.0, 0.5], [1.0, 0.0])]
+ALL = Mixture([[-1.0, 0.5], [1.0, 0.0]], 0.7, [0.75, 0.25], path=PATH)
+
+
+class Exact(Denoiser):
+    """What a model of the classes ought to learn: each one's own posterior mean, and under 2 the mixture's."""
+
+    classes, shape, path = 2, (2,), PATH
+
+    def forward(self, x, t, cond=None):
+        answers = torch.stack([*(each(x, t) for each in CLASSES), ALL(x, t)])
+        return answers[cond["class_labels"], torch.arange(len(x))]
+
+
+@pytest.fixture(scope="module")
+def two_classes():
+    """A model of three quarters of one Gaussian and a quarter of another, which overlap."""
+    g = torch.Generator().manual_seed(0)
+    data = torch.cat([CLASSES[0].sample(6000, g), CLASSES[1].sample(2000, g)])
+    config = TrainConfig(iterations=600, width=64, depth=2, sigma_min=0.1, sigma_max=10.0, label_dropout=0.25)
+    state = TrainState((2,), config, classes=2)
+    for _ in train(state, data, torch.tensor([0, 1]).repeat_interleave(torch.tensor([6000, 2000]))):
+        pass
+    return state.averaged.module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 4.0])
+def test_a_conditional_model_learns_each_class_and_with_no_class_the_mixture(two_classes, sigma):
+    g = torch.Generator().manual_seed(1)
+    x, t = ALL.sample(400, g) + sigma * torch.randn(400, 2, generator=g), PATH.time(math.atan(sigma))
+    exact = [each(x, t) for each in (*CLASSES, ALL)]
+    for k, belief in enumerate(exact):
+        answer = two_classes(x, t, {"class_labels": torch.full((400,), k)})
+        errors = [float((answer - other).abs().mean()) for other in exact]
+        assert errors[k] < min(0.12, *(0.25 * e for j, e in enumerate(errors) if j != k)), (k, errors)
+        assert float((answer - belief).mean(0).abs().max()) < 0.12
+    assert torch.equal(two_classes(x, t), answer)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0, 3.0])
+def test_samples_of_a_class_and_under_guidance_are_those_of_the_exact_model(two_classes, scale):
+    """From equal noise; guidance pushes the means apart, away from the other class."""
+    times, told = karras(0.1, 10).times(PATH, 10), {"class_labels": torch.tensor([0, 1])}
+    means = []
+    for model in (two_classes, Exact()):
+        guided = Guided(model, scale, {"class_labels": torch.tensor([2])}) if scale else model
+        x, evaluations = commands.generate(guided, times, 1000, (2,), "dpmpp_2m", 0, cond=told)
+        again, _ = commands.generate(guided, times, 1000, (2,), "dpmpp_2m", 0, batch_size=333, cond=told)
+        assert torch.allclose(x, again, atol=1e-4)
+        assert evaluations == (20 if scale else 10)
+        means.append(torch.stack([x[::2].mean(0), x[1::2].mean(0)]))
+    assert torch.allclose(*means, atol=0.12), means
+    apart = float(means[0][1, 0] - means[0][0, 0])
+    assert apart == pytest.approx({None: 2.0, 2.0: 2.6, 3.0: 2.9}[scale], abs=0.25)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    small, data, good = TrainConfig(iterations=1, width=8, depth=1), torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])
+    for classes, labels, words in (
+        (None, good, "without classes"),
+        (2, None, "2 classes: give"),
+        (2, good[:3], "4 samples"),
+        (2, good + 1, r"0 \.\. 1, got 1 \.\. 2"),
+        (2, good - 1, r"0 \.\. 1, got -1 \.\. 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            next(train(TrainState((2,), small, classes=classes), data, labels))
+    with pytest.raises(ValueError, match="number of classes"):
+        TrainState((2,), dataclasses.replace(small, labels=True))
+
+
+def test_the_share_of_labels_that_is_dropped_is_the_one_asked_for(generator):
+    labels = torch.arange(20_000) % 3
+    left = dropped(labels, 3, 0.2, generator)
+    assert float((left == 3).double().mean()) == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(left[left < 3], labels[left < 3])
 
 
 def test_the_score_of_an_untrained_mlp_does_not_jitter_between_close_levels():

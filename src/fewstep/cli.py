@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Solver, Source, TrainConfig
+from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Positive, Solver, Source, TrainConfig
 
 if TYPE_CHECKING:
     from fewstep.processes import Processes
@@ -155,6 +155,12 @@ def sample(
     schedule: ScheduleName | None = None,
     solver: Solver | None = None,
     shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where the model does not say it.")] = None,
+    label: Annotated[
+        list[int] | None, Parameter(help="A class, for a model of `train --labels`; several are dealt out in turn.")
+    ] = None,
+    guidance: Annotated[
+        Positive | None, Parameter(help="Scale of classifier-free guidance towards the label; doubles the evaluations.")
+    ] = None,
     seed: int = 0,
     machine: Annotated[Machine, Flat] = Machine(),
 ) -> None:
@@ -162,8 +168,8 @@ def sample(
     device = _on(machine)
     from fewstep import commands
 
-    folder = commands.sample(model, out, steps, count, schedule, solver, shape, seed, device, track)
-    print(f"{folder / 'samples.npz'} (key x) and {folder / 'samples.png'}")
+    folder = commands.sample(model, out, steps, count, schedule, solver, shape, seed, device, track, label or (), guidance)
+    print(f"{folder / 'samples.npz'} (key x{', labels y' if label else ''}) and {folder / 'samples.png'}")
 
 
 @app.command(sort_key=5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path as File
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fewstep import __version__, models, report
 from fewstep.config import FinetuneConfig, Source, TrainConfig
-from fewstep.data import Data, load_data
-from fewstep.denoiser import Denoiser, shape_of
+from fewstep.data import Data, count_classes, load_data
+from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.dxmi import Goal, make_goal, make_state
 from fewstep.dxmi import finetune as finetune_loop
+from fewstep.endpoint import deal
 from fewstep.processes import ALONE, Processes
 from fewstep.run import (
     fingerprint,
@@ -65,10 +66,20 @@ def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", t
     spread = float(data.train.std())
     if not 0.1 < spread < 10:
         raise ValueError(f"{source.data} has standard deviation {spread:.3g}; scale it to about 1 (it must lie in 0.1 .. 10)")
-    state = TrainState(data.shape, config, device)
-    folder = open_run(out, "train", data_settings(source, data) | {"shape": list(data.shape)} | dataclasses.asdict(config))
+    settings = data_settings(source, data) | {"shape": list(data.shape)} | dataclasses.asdict(config)
+    labels, classes = None, None
+    if config.labels:
+        if data.train_labels is None:
+            raise ValueError(
+                f"{source.data} has no labels, one whole number per sample; leave --labels out, or give an .npz file that "
+                "has them under y or labels"
+            )
+        labels, classes = data.train_labels.to(device), count_classes(data.train_labels)
+        settings |= {"classes": classes, "labels_fingerprint": fingerprint([labels])}
+    state = TrainState(data.shape, config, device, classes)
+    folder = open_run(out, "train", settings)
     resume(folder, state)
-    loop = record(folder, state, train_loop(state, data.train.to(device)))
+    loop = record(folder, state, train_loop(state, data.train.to(device), labels))
     for _ in track(loop, config.iterations - state.step, "training"):
         pass
     if state.schedule is not None:  # before the weights, which tell that the run has finished
@@ -152,6 +163,15 @@ def require_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the model takes samples of shape {denoiser.shape}, the data has {shape}{hint}")
 
 
+def label_cond(name: str, denoiser: Denoiser, labels: Sequence[int]) -> dict[str, Tensor]:
+    """The conditions that these labels are for the class-conditional model of this name."""
+    if denoiser.classes is None:
+        raise ValueError(f"{name} knows no classes, so leave --label out; `fewstep train --labels` makes a model that does")
+    if bad := [label for label in labels if not 0 <= label < denoiser.classes]:
+        raise ValueError(f"--label must lie in 0 .. {denoiser.classes - 1} for {name}, got {bad[0]}")
+    return {"class_labels": torch.tensor(labels)}
+
+
 @torch.no_grad()
 def generate(
     model: Denoiser | Sampler,
@@ -163,17 +183,22 @@ def generate(
     device: str = "cpu",
     batch_size: int = 500,
     track: Track = silent,
+    cond: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, int]:
-    """Samples (count, *shape) on the CPU and evaluations per sample. Equal seeds start from equal noise, in any batches."""
+    """Samples (count, *shape) on the CPU and evaluations per sample. Equal seeds start from equal noise, in any batches.
+
+    cond: any number of rows, dealt out in turn.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(count, *shape, generator=generator)
     done, evaluations = [], 0
-    for part in track(start.split(batch_size), -(-count // batch_size), "sampling"):
-        x = part.to(device) * float(model.path.sigma(times[0]))
+    here = {k: v.to(device) for k, v in cond.items()} if cond else None
+    for rows in track(torch.arange(count).split(batch_size), -(-count // batch_size), "sampling"):
+        x, told = start[rows].to(device) * float(model.path.sigma(times[0])), deal(here, rows)
         if isinstance(model, Sampler):
-            result, evaluations = model.sample(x, generator), model.steps * model.denoiser.evaluations
+            result, evaluations = model.sample(x, generator, told), model.steps * model.denoiser.evaluations
         else:
-            result, evaluations, _ = solve(model, x, times, solver, generator=generator)
+            result, evaluations, _ = solve(model, x, times, solver, cond=told, generator=generator)
         done.append(result.cpu())
     return torch.cat(done), evaluations
 
@@ -189,18 +214,25 @@ def sample(
     seed: int = 0,
     device: str = "cpu",
     track: Track = silent,
+    labels: Sequence[int] = (),
+    guidance: float | None = None,
 ) -> File:
     """Samples into out/samples.npz (under x) and out/samples.png: 10 steps of euler on karras unless told otherwise.
 
-    A fine-tuned sampler has its own steps and levels: giving others raises ValueError.
+    labels: of a class-conditional model, dealt out in turn (and kept under y); without any, it samples from no class in
+    particular. guidance: scale of classifier-free guidance towards them. A fine-tuned sampler has its own steps and levels,
+    and knows no guidance: giving them raises ValueError.
     """
+    if guidance is not None and not labels:
+        raise ValueError("--guidance needs a --label to guide towards")
     chosen: Denoiser | Sampler
     if models.is_sampler(model):
         chosen, _ = models.load_sampler(model, device)
         times, form, solver = chosen.times.cpu(), shape_of(chosen.denoiser, shape), solver or ""
-        if steps not in (None, chosen.steps) or schedule_name or solver:
+        if steps not in (None, chosen.steps) or schedule_name or solver or guidance is not None:
             raise ValueError(
-                f"{model} was fine-tuned for {chosen.steps} steps on its own levels; leave --steps, --schedule and --solver out"
+                f"{model} was fine-tuned for {chosen.steps} steps on its own levels, without guidance; leave --steps, "
+                "--schedule, --solver and --guidance out"
             )
     else:
         chosen, solver = models.load_denoiser(model, device), solver or "euler"
@@ -208,14 +240,20 @@ def sample(
         form = shape_of(chosen, shape)
     denoiser = chosen.denoiser if isinstance(chosen, Sampler) else chosen
     settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "solver": solver}
-    settings |= {"shape": list(form), "count": count, "seed": seed}
+    settings |= {"shape": list(form), "count": count, "seed": seed, "labels": list(labels) or None, "guidance": guidance}
+    cond = label_cond(model, denoiser, labels) if labels else None
+    if guidance is not None:
+        chosen = Guided(denoiser, guidance, {"class_labels": torch.tensor([denoiser.classes])})
     folder = require_free(out, "sample", settings)
     if (folder / SAMPLES).exists():
         return folder
-    x, evaluations = generate(chosen, times, count, form, solver, seed, device, track=track)
+    x, evaluations = generate(chosen, times, count, form, solver, seed, device, track=track, cond=cond)
     open_run(folder, "sample", settings)
     title = f"{count} samples, {evaluations} evaluations each"
     report.samples_figure(folder / "samples.png", {title: x}, columns=min(10, count), rows=-(-min(count, 100) // 10))
-    np.savez(folder / "part.npz", x=x.numpy())
+    if dealt := deal(cond, torch.arange(count)):
+        np.savez(folder / "part.npz", x=x.numpy(), y=dealt["class_labels"].numpy())
+    else:
+        np.savez(folder / "part.npz", x=x.numpy())
     os.replace(folder / "part.npz", folder / SAMPLES)
     return folder

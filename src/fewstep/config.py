@@ -15,6 +15,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -63,6 +64,10 @@ class TrainConfig:
     """Cleanest level a schedule may visit before exact data, as sigma/alpha."""
     sigma_max: Positive = 40.0
     """Noisiest level, as sigma/alpha."""
+    labels: bool = False
+    """Train on the data's labels: a class-conditional model, for `sample --label`."""
+    label_dropout: Share = 0.1
+    """Share of labels that are replaced by "no class", which is what guidance, and a call without a label, ask for."""
     schedule: Literal["fixed", "adaptive"] = "fixed"
     """Training levels: fixed (log-normal in sigma/alpha), or adaptive: a schedule that is learned meanwhile and kept."""
     level_mean: float = -0.5

@@ -68,6 +68,17 @@ def load_data(name: str, folder: str | File | None = None, size: int | None = No
     return data
 
 
+def count_classes(labels: Tensor) -> int:
+    """K of labels (n,), which must be 0 .. K-1, each on some sample; raises ValueError."""
+    found = torch.unique(labels)
+    if int(found[0]) != 0 or int(found[-1]) != len(found) - 1:
+        raise ValueError(
+            f"labels must be 0 .. K-1, each on some sample; got {len(found)} different ones from {int(found[0])} to "
+            f"{int(found[-1])}: renumber them"
+        )
+    return len(found)
+
+
 def _folder_of(name: str, folder: str | File | None) -> File:
     if name == "digits":  # comes with scikit-learn
         return File()
@@ -216,7 +227,10 @@ def _floats(x: np.ndarray) -> Tensor:
 
 
 def _labels(y: np.ndarray | None) -> Tensor | None:
-    return None if y is None else torch.from_numpy(np.asarray(y).astype(np.int64))
+    """None where they are no classes: names, one-hot rows, numbers that are not whole."""
+    if y is None or y.dtype.kind not in "fiub" or y.ndim != 1 or not (y == np.floor(y)).all():
+        return None
+    return torch.from_numpy(y.astype(np.int64))
 
 
 def _resized(x: Tensor, size: int | None) -> Tensor:

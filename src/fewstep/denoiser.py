@@ -65,7 +65,8 @@ def to_velocity(x0: Tensor, x: Tensor, path: Path, t: Tensor | float) -> Tensor:
 class Denoiser(nn.Module, ABC):
     """A model on a path. `shape` is one sample's shape where it is known; `evaluations` the passes per call.
 
-    classes: of a class-conditional model, which is told cond["class_labels"] (b,); the index `classes` means none.
+    classes: K of a class-conditional model, whose cond is {"class_labels": (b,) int64 in 0 .. K}. K means "no class", and
+    so does no cond.
     """
 
     path: Path
@@ -104,12 +105,13 @@ class Pretrained(Denoiser):
         clock: Callable[[Tensor], Tensor] | None = None,
         shape: tuple[int, ...] | None = None,
         default_levels: Callable[[int], Tensor | None] | None = None,
+        classes: int | None = None,
     ):
         super().__init__()
         if predicts not in get_args(Prediction):
             raise ValueError(f"predicts must be one of {', '.join(get_args(Prediction))}, got {predicts!r}")
         self.net, self.path, self.predicts, self.clock = net, path, predicts, clock
-        self.shape, self.default_levels = shape, default_levels
+        self.shape, self.default_levels, self.classes = shape, default_levels, classes
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         t = as_time(t)
@@ -131,7 +133,7 @@ class Guided(Denoiser):
         super().__init__()
         self.denoiser, self.scale, self.unconditional = denoiser, float(scale), dict(unconditional)
         self.path, self.shape, self.evaluations = denoiser.path, denoiser.shape, 2 * denoiser.evaluations
-        self.default_levels = denoiser.default_levels
+        self.default_levels, self.classes = denoiser.default_levels, denoiser.classes
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         if cond is None or set(cond) != set(self.unconditional):
@@ -159,7 +161,7 @@ class OnPath(Denoiser):
         super().__init__()
         self.denoiser, self.path = denoiser, path
         self.shape, self.evaluations = denoiser.shape, denoiser.evaluations
-        self.default_levels = denoiser.default_levels
+        self.default_levels, self.classes = denoiser.default_levels, denoiser.classes
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         theirs = self.denoiser.path

@@ -302,7 +302,7 @@ def condition(goal: Goal, rows: Tensor) -> Cond:
 
 
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
-    """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process has its share of the batch."""
+    """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process takes its share."""
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
     rows = goal.rows(config.batch_size, state.generator)
     shape = goal.data.shape[1:]

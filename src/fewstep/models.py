@@ -103,7 +103,8 @@ def _trained(folder: File) -> Denoiser:
     run = read_config(folder)
     if run["command"] != "train":
         raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a model is a folder of `fewstep train`")
-    denoiser = make_denoiser(tuple(run["config"]["shape"]), config_of(TrainConfig, run["config"]))
+    settings = run["config"]
+    denoiser = make_denoiser(tuple(settings["shape"]), config_of(TrainConfig, settings), settings.get("classes"))
     load_weights(denoiser, folder / MODEL)
     return denoiser
 

@@ -1,7 +1,8 @@
 """Networks for the small case: an MLP for vectors and tiny images, U-Net and DiT from diffusers, and values built like them.
 
 A denoising network is called as net(x, t) with t in [0, 1] of shape (b,) and returns x's shape; a value is called as
-value(x, i) with the step index i and returns (b,).
+value(x, i) with the step index i and returns (b,). A network of K classes also takes class_labels (b,), int64 in 0 .. K:
+index K means "no class", and is what it is told where no labels are given.
 """
 
 from __future__ import annotations
@@ -43,22 +44,43 @@ class MLP(nn.Module):
         return self.leave(nn.functional.silu(h))
 
 
+def labels_told(classes: int | None, class_labels: Tensor | None, x: Tensor) -> Tensor | None:
+    """The labels (b,) that a network of so many classes is told, "no class" where none are given; None if it has none."""
+    if classes is None and class_labels is not None:
+        raise ValueError("this network has no classes: leave class_labels out, or train one with labels")
+    if classes is None or class_labels is not None:
+        return class_labels
+    return torch.full((len(x),), classes, device=x.device)
+
+
 class MLPDenoiser(nn.Module):
-    """net(x, t) for samples of any shape, flattened."""
+    """net(x, t, class_labels) for samples of any shape, flattened."""
 
-    def __init__(self, shape: tuple[int, ...], width: int = 256, depth: int = 3, time_features: int = 64):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int = 256,
+        depth: int = 3,
+        time_features: int = 64,
+        classes: int | None = None,
+    ):
         super().__init__()
-        self.time_features = time_features
+        self.time_features, self.classes = time_features, classes
         self.mlp = MLP(math.prod(shape), time_features, math.prod(shape), width, depth)
+        if classes is not None:
+            self.of_class = nn.Embedding(classes + 1, time_features)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.mlp(x.flatten(1), features_of_time(t, self.time_features)).reshape(x.shape)
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        condition, labels = features_of_time(t, self.time_features), labels_told(self.classes, class_labels, x)
+        if labels is not None:
+            condition = condition + self.of_class(labels)
+        return self.mlp(x.flatten(1), condition).reshape(x.shape)
 
 
 class UNetDenoiser(nn.Module):
-    """net(x, t) around diffusers' UNet2DModel; width: channels at full resolution, depth: number of resolutions."""
+    """net(x, t, class_labels) around diffusers' UNet2DModel; width: channels at full resolution, depth: of resolutions."""
 
-    def __init__(self, shape: tuple[int, ...], width: int = 32, depth: int = 2):
+    def __init__(self, shape: tuple[int, ...], width: int = 32, depth: int = 2, classes: int | None = None):
         super().__init__()
         from diffusers.models.unets.unet_2d import UNet2DModel
 
@@ -67,6 +89,7 @@ class UNetDenoiser(nn.Module):
                 f"a U-Net of depth {depth} needs images (c, h, w) with sides divisible by {2 ** (depth - 1)}, got {shape}; "
                 "resize the data (--size) or choose another depth"
             )
+        self.classes = classes
         self.unet = UNet2DModel(
             sample_size=shape[1:],
             in_channels=shape[0],
@@ -77,23 +100,29 @@ class UNetDenoiser(nn.Module):
             up_block_types=("UpBlock2D",) * depth,
             norm_num_groups=8,
             add_attention=False,
+            num_class_embeds=None if classes is None else classes + 1,
         )
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.unet(x, 1000 * t, return_dict=False)[0]
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.unet(x, 1000 * t, labels_told(self.classes, class_labels, x), return_dict=False)[0]
 
 
 class DiTDenoiser(nn.Module):
-    """net(x, t) around diffusers' DiTTransformer2DModel, with one class; width: channels, depth: number of blocks."""
+    """net(x, t, class_labels) around diffusers' DiTTransformer2DModel; width: channels, depth: number of blocks.
 
-    def __init__(self, shape: tuple[int, ...], width: int = 128, depth: int = 4):
+    A DiT always has classes: without any it is a DiT of one, which is what it is always told.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int = 128, depth: int = 4, classes: int | None = None):
         super().__init__()
+        from diffusers.models.embeddings import LabelEmbedding
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
         if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 2 or width % 32:
             raise ValueError(
                 f"a DiT needs square images (c, h, h), h even, and a width divisible by 32; got {shape} and {width}"
             )
+        self.classes = classes
         self.dit = DiTTransformer2DModel(
             num_attention_heads=width // 32,
             attention_head_dim=32,
@@ -102,19 +131,28 @@ class DiTDenoiser(nn.Module):
             num_layers=depth,
             sample_size=shape[1],
             patch_size=2,
-            num_embeds_ada_norm=1,
+            num_embeds_ada_norm=1 if classes is None else classes,  # diffusers adds a row for "no class"
         )
+        for part in self.dit.modules():
+            if isinstance(part, LabelEmbedding):
+                part.dropout_prob = 0.0  # its own draws, block by block and from the global generator, would not resume
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        one_class = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        return self.dit(x, 1000 * t, class_labels=one_class, return_dict=False)[0]
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        labels = labels_told(self.classes, class_labels, x)
+        if labels is None:
+            labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.dit(x, 1000 * t, class_labels=labels, return_dict=False)[0]
 
 
 def make_denoising_net(
-    shape: tuple[int, ...], kind: NetworkKind, width: int | None = None, depth: int | None = None
+    shape: tuple[int, ...],
+    kind: NetworkKind,
+    width: int | None = None,
+    depth: int | None = None,
+    classes: int | None = None,
 ) -> nn.Module:
     """The network of `train` for samples of this shape; "auto" takes an MLP up to 256 numbers, else a U-Net."""
     if kind == "auto":
         kind = "mlp" if math.prod(shape) <= MLP_UP_TO else "unet"
     given = {k: v for k, v in (("width", width), ("depth", depth)) if v is not None}
-    return {"mlp": MLPDenoiser, "unet": UNetDenoiser, "dit": DiTDenoiser}[kind](shape, **given)
+    return {"mlp": MLPDenoiser, "unet": UNetDenoiser, "dit": DiTDenoiser}[kind](shape, classes=classes, **given)
