@@ -16,7 +16,8 @@ All are judged on their last iterate. sw: sqrt(mean over 1,000 directions of W_2
 disjoint reference sets; floor: the same between real sets. auroc: the energy, 50,000 data against 50,000 uniform points
 on (-4, 4)^2. correlation: of -E with log p over the uniform points where the density is at least that of the data's lowest
 percentile. std_within: root mean square distance, per dimension, to the mean of the samples nearest to the same centre;
-masses: their shares. ideal: the same of the exact energy and of real data. Seconds are of the CPU, on one thread.
+masses: their shares. ideal: the same of the exact energy and of real data. Seconds are of the CPU, on one thread, without
+the start's, which has its own row.
 """
 
 from __future__ import annotations

@@ -47,14 +47,14 @@ def test_a_table_entered_with_standard_noise_starts_there():
 def test_with_a_value_of_zero_the_published_noise_takes_the_velocity_for_its_own():
     """tau alone: -log std + (|m|^2 + std^2)/(2 s^2) per dimension is least at std = s, for a velocity that is held."""
     start = untrained()
-    settings = published.Settings(tau=1.0, velocity_decay=1.0, lr=0.0, lr_value=0.0, batch_size=64)
+    settings = published.Settings(tau=1.0, velocity_decay=1.0, lr=0.0, lr_std=0.05, lr_value=0.0, batch_size=32)
     run = published.Run(start.denoiser, start.times, settings)
     torch.nn.init.zeros_(run.value.mlp.leave.weight)
     torch.nn.init.zeros_(run.value.mlp.leave.bias)
     run.velocity *= 1.5**2
     aim = run.velocity[:-1].sqrt()
-    data = ring().sample(64, torch.Generator().manual_seed(0))
-    for _ in range(150):
+    data = ring().sample(32, torch.Generator().manual_seed(0))
+    for _ in range(50):
         published.iterate(run, data)
     assert torch.allclose(run.chain.log_std.detach().exp() / aim, torch.ones(4), atol=0.15)
 
@@ -79,8 +79,8 @@ def test_the_published_value_is_the_cost_to_go():
 
 
 def test_the_published_algorithm_brings_samples_closer():
-    start, data = gaussians8.pretrain(0, 250)
-    run = published.Run(start.denoiser, start.times, published.Settings(iterations=150))
+    start, data = gaussians8.pretrain(0, 100)
+    run = published.Run(start.denoiser, start.times, published.Settings(iterations=80, batch_size=64))
     g, n = torch.Generator().manual_seed(5), 4000
     reference = ring().sample(n, g)
 
