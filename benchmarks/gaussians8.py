@@ -182,11 +182,16 @@ def of_start(start: Start, seed: int, scale: Scale) -> dict:
     return clock(iterations, seconds) | judge(scale, samples, None, g)
 
 
+def at_scale(config: FinetuneConfig, seed: int, scale: Scale) -> FinetuneConfig:
+    """With all of its numbers of iterations divided."""
+    counts = {name: n for name, n in dataclasses.asdict(config).items() if name.endswith("iterations") and n}
+    return dataclasses.replace(config, seed=seed, **{name: scale.iterations(n) for name, n in counts.items()})
+
+
 def of_fewstep(start: Start, config: FinetuneConfig, seed: int, scale: Scale) -> dict:
     first, data = start(seed, scale.iterations(TRAIN.iterations))
     began = time.process_time()
-    short = dataclasses.replace(config, seed=seed, iterations=scale.iterations(config.iterations))
-    state = make_state(first.denoiser, first.times, short, (2,))
+    state = make_state(first.denoiser, first.times, at_scale(config, seed, scale), (2,))
     iterations = sum(1 for _ in finetune(state, data))
     seconds = time.process_time() - began
     g, sampler = torch.Generator().manual_seed(77), state.averaged.module

@@ -33,7 +33,7 @@ from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.training import TrainState, train
-from gaussians8 import DATA, FINETUNE, QUICK, TRAIN, Scale, five_steps
+from gaussians8 import DATA, FINETUNE, QUICK, TRAIN, Scale, at_scale, five_steps
 from tables import toys
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "toys.png"
@@ -100,8 +100,7 @@ def learned(name: str, seed: int, scale: Scale) -> tuple[dict, Sampler, Sampler,
     for _ in train(state, data):
         pass
     start = five_steps(state.averaged.module)
-    config = dataclasses.replace(FINETUNE, seed=seed, iterations=scale.iterations(FINETUNE.iterations))
-    tuned = make_state(start.denoiser, start.times, config, (2,))
+    tuned = make_state(start.denoiser, start.times, at_scale(FINETUNE, seed, scale), (2,))
     began = time.process_time()
     for _ in finetune(tuned, data):
         pass
