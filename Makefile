@@ -18,6 +18,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/gaussians8.py
+	$(BIN)/python benchmarks/toys.py
 	$(BIN)/python benchmarks/demo_seeds.py
 
 # uv looks for wheels where pip does, and falls back to pip where uv cannot be had

@@ -19,20 +19,48 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
-def gaussians8() -> str:
-    result = json.loads((HERE / "gaussians8.json").read_text())
-    seeds, ideal = result["seeds"], result["ideal"]
+def gaussians8(result: dict | None = None) -> str:
+    result = result or json.loads((HERE / "gaussians8.json").read_text())
+    named: dict[str, list[dict]] = {}
+    for cell in result["rows"]:
+        named.setdefault(cell["row"], []).append(cell)
     rows = [
-        "**8 Gaussians, 5 evaluations** (`python benchmarks/gaussians8.py`, "
-        f"{result['date']}, {len(seeds)} seeds, last iterate, {result['samples']:,} samples, mean ± standard deviation)",
+        f"**8 Gaussians, 5 evaluations** (`python benchmarks/gaussians8.py`, {result['date']}, last iterate, "
+        f"{result['samples']:,} samples, mean ± standard deviation over seeds)",
         "",
-        "| | sliced Wasserstein | AUROC of the energy, data against uniform | correlation of -E with log p |",
-        "|---|---|---|---|",
-        f"| five-step ancestral sampler, the start | {spread([s['sw_start'] for s in seeds], 3)} | | |",
-        f"| fine-tuned with its energy | **{spread([s['sw'] for s in seeds], 3)}** | "
-        f"{spread([s['auroc'] for s in seeds], 3)} | {spread([s['correlation'] for s in seeds], 3)} |",
-        f"| floor (data against data); exact energy | {result['sw_floor']:.3f} | {ideal['auroc']:.3f} | 1 |",
+        "| | seeds | sliced Wasserstein | AUROC of the energy, data against uniform | correlation of -E with log p | "
+        "spread within a mode | mass of a mode, largest error in % | CPU seconds | ms per iteration |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    for name, cells in named.items():
+
+        def column(key: str, digits: int, unit: float = 1.0, cells: list[dict] = cells) -> str:
+            found = [cell[key] / unit for cell in cells if key in cell]
+            return spread(found, digits) if found else ""
+
+        shown = [column("sw", 3), column("auroc", 3), column("correlation", 3), column("std_within", 3)]
+        shown += [column("mass_error", 1, 0.01), column("cpu_seconds", 0), column("ms_per_iteration", 1)]
+        rows.append(f"| {name} | {len(cells)} | {' | '.join(shown)} |")
+    ideal = result["ideal"]
+    rows.append(
+        f"| real data; exact energy | | {ideal['sw']:.3f} | {ideal['auroc']:.3f} | 1 | {ideal['std_within']:.3f} | "
+        f"{100 * ideal['mass_error']:.1f} | | |"
+    )
+    return "\n".join(rows)
+
+
+def toys(result: dict | None = None) -> str:
+    result = result or json.loads((HERE / "toys.json").read_text())
+    rows = [
+        f"**Other sets, the same settings** (`python benchmarks/toys.py`, {result['date']}, sliced Wasserstein, "
+        f"{result['samples']:,} samples, 5 evaluations; ![](docs/pictures/toys.png))",
+        "",
+        "| | start | fine-tuned | data against data | AUROC of the energy, data against uniform | CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, cells in result["sets"].items():
+        shown = [spread([cell[key] for cell in cells], 3) for key in ("sw_start", "sw", "sw_floor", "auroc")]
+        rows.append(f"| {name} | {' | '.join(shown)} | {spread([cell['cpu_seconds'] for cell in cells], 0)} |")
     return "\n".join(rows)
 
 
@@ -85,9 +113,11 @@ def schedules(result: dict | None = None) -> str:
 
 def main() -> int:
     old = text = README.read_text()
-    for name, table in (("demo", demo()), ("gaussians8", gaussians8()), ("schedules", schedules())):
+    for name, table in (("demo", demo), ("gaussians8", gaussians8), ("toys", toys), ("schedules", schedules)):
         mark = rf"(<!-- {name} table: python benchmarks/tables.py -->\n).*?(<!-- end -->)"
-        text = re.sub(mark, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+        if not re.search(mark, text, flags=re.S):
+            continue
+        text = re.sub(mark, lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text, flags=re.S)
     if "--check" in sys.argv:
         print("README.md is up to date" if text == old else "README.md is not what the JSON says: run benchmarks/tables.py")
         return int(text != old)
