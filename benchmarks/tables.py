@@ -101,7 +101,8 @@ def images(result: dict | None = None) -> str:
             """Of one count, and the Frechet distance of the larger ones; empty where there is none."""
 
             def pooled(key: str, n: str) -> str:
-                return spread([a[n][key] for a in at], 3) if at and all(n in a for a in at) else ""
+                values = [a[n][key] for a in at if n in a]
+                return spread(values, 3 if mean(values) < 10 else 1) if len(values) == len(at) else ""
 
             return " | ".join([*(pooled("fd", n) for n in (count, *more)), *(pooled(k, count) for k in QUALITY)])
 
