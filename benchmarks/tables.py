@@ -13,6 +13,7 @@ from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+QUALITY = ("precision", "recall", "coverage")
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -111,9 +112,53 @@ def schedules(result: dict | None = None) -> str:
     return "\n".join(rows)
 
 
+def images(result: dict | None = None) -> str:
+    """Every cell at the smaller count, which all have; Frechet distances at the larger one where there is one."""
+    result = result or json.loads((HERE / "images.json").read_text())
+    names = {"digits": "digits 8 x 8", "mnist_slim": "MNIST DDPM 32 x 32", "fashion": "Fashion-MNIST 28 x 28"}
+    parts = []
+    for name in (n for n in names if n in result["models"]):
+        model = result["models"][name]
+        rows, held_out = model["rows"], model["held_out"]
+        counts = sorted({int(n) for row in rows for n in row["at"]} | {int(n) for n in held_out})
+        few = min((n for row in rows for n in row["at"]), key=int, default=min(held_out, key=int))
+        more = [str(n) for n in counts if n > int(few)]
+        fd = f"FD-{model['features']}"
+
+        def cells(at: list[dict], count: str, more: list[str] = more) -> str:
+            """Of one count, and the Frechet distance of the larger ones; empty where there is none."""
+
+            def pooled(key: str, n: str) -> str:
+                values = [a[n][key] for a in at if n in a]
+                return spread(values, 3 if mean(values) < 10 else 1) if len(values) == len(at) else ""
+
+            return " | ".join([*(pooled("fd", n) for n in (count, *more)), *(pooled(k, count) for k in QUALITY)])
+
+        groups: dict[tuple[int, str], list[dict]] = {}
+        for row in rows:
+            groups.setdefault((row["evaluations"], row["method"]), []).append(row["at"])
+        larger = "".join(f"{fd}, {int(n):,} | " for n in more)
+        parts += [
+            f"**{names[name]}**, {fd} ({model['data']:,} data; classifier: {model['classifier']}, "
+            f"{model['accuracy']:.1%} right), precision, recall and class coverage of {int(few):,} samples "
+            f"(against {min(int(few), model['data']):,} data)",
+            "",
+            f"| | evaluations | seeds | {fd}, {int(few):,} | {larger}precision | recall | coverage |",
+            "|---" * (7 + len(more)) + "|",
+        ]
+        parts += [
+            f"| {method} | {evaluations} | {len(at)} | {cells(at, few)} |"
+            for (evaluations, method), at in sorted(groups.items())
+        ]
+        nearest = few if few in held_out else min(held_out, key=int)
+        alone = "" if nearest == few else f", {nearest}"
+        parts += [f"| held-out data{alone} | | | {cells([held_out], nearest)} |", ""]
+    return "\n".join(parts).strip()
+
+
 def main() -> int:
     old = text = README.read_text()
-    for name, table in (("demo", demo), ("gaussians8", gaussians8), ("toys", toys), ("schedules", schedules)):
+    for name, table in (("demo", demo), ("gaussians8", gaussians8), ("toys", toys), ("images", images), ("schedules", schedules)):
         mark = rf"(<!-- {name} table: python benchmarks/tables.py -->\n).*?(<!-- end -->)"
         if not re.search(mark, text, flags=re.S):
             continue

@@ -252,6 +252,18 @@ def test_evaluation_goes_on_with_the_cells_that_are_missing(trained, tmp_path):
     assert again == whole
 
 
+def test_features_bring_precision_and_recall_into_the_table(trained, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def doubled(x):\n    return 2 * x.flatten(1)\n")
+    arguments = ("--data", trained / "points.npy", "--steps", 2, "--count", 50, "--seeds", 1, "--schedule", "karras")
+    evaluate = ("evaluate", "--model", trained / "model", *arguments)
+    fewstep(*evaluate, "--out", tmp_path / "plain")
+    assert "recall" not in capsys.readouterr().out
+    fewstep(*evaluate, "--features", f"{tmp_path / 'mine.py'}:doubled", "--out", tmp_path / "with")
+    assert "recall" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "with" / "evaluation.jsonl").read_text().splitlines()]
+    assert all(0 <= row[k] <= 1 for row in rows for k in ("precision", "recall"))
+
+
 def test_show_makes_a_page_for_every_kind_of_folder(trained, capsys):
     for name in ("model", "schedule", "sampler"):
         fewstep("show", trained / name)

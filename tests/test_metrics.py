@@ -7,7 +7,14 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from fewstep.metrics import auroc, energy_distance, frechet_distance, sliced_wasserstein
+from fewstep.metrics import (
+    auroc,
+    class_coverage,
+    energy_distance,
+    frechet_distance,
+    precision_recall,
+    sliced_wasserstein,
+)
 
 DISTANCES = {"sliced Wasserstein": sliced_wasserstein, "energy": energy_distance, "Frechet": frechet_distance}
 on_every_distance = pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
@@ -233,6 +240,76 @@ def test_frechet_distance_from_a_set_without_spread_is_the_other_sets_size():
     exact = float(((x.mean(0) - point) ** 2).sum() + x.var(0).sum())
     for pair in ((x, point.expand(9, 3)), (point.expand(9, 3), x)):
         assert frechet_distance(*pair) == pytest.approx(exact, rel=1e-6)
+
+
+# --- precision, recall and coverage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 3, 60])
+@pytest.mark.parametrize("k", [1, 3])
+def test_identical_sets_have_full_precision_and_recall(d, k):
+    x = normal(120, d) + 50
+    assert precision_recall(x, x, k) == (1, 1)
+
+
+def test_a_collapsed_set_is_precise_but_recalls_nothing():
+    data = normal(400, 2)
+    collapsed = data[:1] + 1e-6 * normal(400, 2, seed=1)
+    assert precision_recall(collapsed, data) == (1, 0)
+    assert precision_recall(data, collapsed) == (0, 1)
+
+
+def test_a_collapse_to_one_of_two_modes_recalls_half():
+    data = torch.cat([normal(300, 2), normal(300, 2, seed=1) + 100])
+    precision, recall = precision_recall(normal(600, 2, seed=2), data)
+    assert precision > 0.9
+    assert 0.4 < recall <= 0.5
+
+
+def test_sets_far_apart_have_neither():
+    assert precision_recall(normal(50, 4), normal(60, 4, seed=1) + 1000) == (0, 0)
+
+
+def test_precision_and_recall_of_a_case_by_hand():
+    data = torch.tensor([[0.0], [1.0], [3.0], [7.0]])  # nearest neighbours at 1, 1, 2, 4: balls [-1,1] [0,2] [1,5] [3,11]
+    samples = torch.tensor([[-2.0], [2.5], [4.0], [20.0]])  # at 4.5, 1.5, 1.5, 16: balls [-6.5,2.5] [1,4] [2.5,5.5] [4,36]
+    assert precision_recall(samples, data, k=1) == (0.5, 1.0)
+    # at the second: data 3, 2, 3, 6: [-3,3] [-1,3] [0,6] [1,13]; the sample at 20 stays outside
+    assert precision_recall(samples, data, k=2) == (0.75, 1.0)
+    assert precision_recall(torch.tensor([[5.0], [5.5]]), data, k=1) == (1.0, 0.0)  # balls [4.5,5.5] [5,6] hold no datum
+
+
+@pytest.mark.parametrize("shape", [(40, 25, 2), (30, 50, 30)])
+def test_precision_and_recall_are_the_brute_force_ones_in_any_blocks(shape, monkeypatch):
+    n, m, d = shape
+    x, y = 1.2 * normal(n, d), normal(m, d, seed=1)
+
+    def share(points: Tensor, centres: Tensor, k: int) -> float:
+        reach = [sorted(math.dist(c, other) for other in centres.tolist())[k] for c in centres.tolist()]
+        inside = [any(math.dist(p, c) <= r for c, r in zip(centres.tolist(), reach, strict=True)) for p in points.tolist()]
+        return float(np.mean(inside))
+
+    expected = share(x, y, 3), share(y, x, 3)
+    assert 0 < min(expected) < 1
+    assert precision_recall(x, y) == pytest.approx(expected)
+    original = Tensor.split
+    monkeypatch.setattr(Tensor, "split", lambda self, size, *a: original(self, min(size, 7), *a))
+    assert precision_recall(x, y) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("sizes", "k"), [((3, 10), 3), ((10, 3), 3), ((1, 1), 1)])
+def test_precision_and_recall_need_k_neighbours(sizes, k):
+    with pytest.raises(ValueError, match=f"at least {k + 1} in each set, got {sizes[0]} and {sizes[1]}"):
+        precision_recall(torch.zeros(sizes[0], 2), torch.zeros(sizes[1], 2), k)
+    with pytest.raises(ValueError, match="from 1"):
+        precision_recall(normal(9, 2), normal(9, 2), 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "covered"), [([0, 1, 2, 3], 1), ([0, 0, 0, 0], 0.25), ([0] * 7 + [1], 0.5), ([3] * 15 + [1], 0.25)]
+)
+def test_class_coverage_counts_classes_with_half_their_fair_share(labels, covered):
+    assert class_coverage(torch.tensor(labels), 4) == covered
 
 
 # --- AUROC ------------------------------------------------------------------------------------------------------------

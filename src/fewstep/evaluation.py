@@ -17,7 +17,7 @@ from fewstep.config import Source
 from fewstep.denoiser import Denoiser
 from fewstep.energy import Value
 from fewstep.learn import step_costs
-from fewstep.metrics import energy_distance, frechet_distance, sliced_wasserstein
+from fewstep.metrics import energy_distance, frechet_distance, precision_recall, sliced_wasserstein
 from fewstep.run import fingerprint, open_run, read_lines, write_json, write_lines
 from fewstep.sampler import Sampler
 from fewstep.schedule import NAMED, Schedule
@@ -26,15 +26,20 @@ ROWS = "evaluation.jsonl"
 
 
 def judge(x: Tensor, data: Tensor, features: Callable[[Tensor], Tensor] | None, seed: int = 0) -> dict[str, float]:
-    """fd: Frechet distance in the features (pixels if none); sliced Wasserstein and energy distance in the data's space."""
+    """fd: Frechet distance in the features (pixels if none); sliced Wasserstein and energy distance in the data's space.
+
+    With features, precision and recall in them as well, of equal counts, at most 10,000 of each.
+    """
     with torch.no_grad():
         fx, fd = (features(x), features(data)) if features else (x, data)
     few = 1000  # the energy distance takes all pairs
+    equal = min(len(fx), len(fd), 10_000)
+    both = precision_recall(fx[:equal], fd[:equal]) if features else ()
     return {
         "fd": frechet_distance(fx, fd),
         "sw": sliced_wasserstein(x, data, 500, torch.Generator().manual_seed(seed)),
         "energy_distance": energy_distance(x[:few], data[:few]),
-    }
+    } | dict(zip(("precision", "recall"), both, strict=False))
 
 
 def evaluate(
@@ -113,11 +118,13 @@ def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
         values = [row[key] for row in group]
         return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
 
+    columns = {"fd": "Fréchet distance", "sw": "sliced Wasserstein", "energy_distance": "energy distance"}
+    columns |= {k: k for k in ("precision", "recall") if all(k in row for row in rows)}
     body = [
-        [method, str(evaluations), *(pooled(group, k) for k in ("fd", "sw", "energy_distance")), str(len(group))]
+        [method, str(evaluations), *(pooled(group, k) for k in columns), str(len(group))]
         for (evaluations, method), group in sorted(groups.items())
     ]
-    return [["method", "evaluations", "Fréchet distance", "sliced Wasserstein", "energy distance", "seeds"], *body]
+    return [["method", "evaluations", *columns.values(), "seeds"], *body]
 
 
 def energies(value: Value, sets: dict[str, Tensor], smoothing: float, seed: int = 0) -> dict[str, Tensor]:

@@ -71,6 +71,38 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return float(((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * cross)
 
 
+def _radii(x: Tensor, k: int, rows: int) -> Tensor:
+    """The distance of each of x (n, f) to its k-th nearest neighbour within x: (n,)."""
+    # the nearest of all is the point itself
+    return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(rows)])
+
+
+def precision_recall(samples: Tensor, data: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features samples (n, f) and data (m, f).
+
+    precision: share of the samples that lie in a ball around a datum which reaches to its k-th nearest neighbour among the
+    data; recall: the same with the roles exchanged. Both depend on the counts: take as many samples as data.
+    """
+    if k < 1:
+        raise ValueError(f"k counts neighbours from 1, got {k}")
+    x, y = _pair(samples, data, k + 1)
+    x, y = x - y.mean(0), y - y.mean(0)  # torch.cdist multiplies matrices and loses digits far from 0
+    rows = max(1, 20_000_000 // max(len(x), len(y)))
+    around_x, around_y = _radii(x, k, rows), _radii(y, k, rows)
+    covered_x, covered_y = [], torch.zeros(len(y), dtype=torch.bool)
+    for part, reach in zip(x.split(rows), around_x.split(rows), strict=True):
+        distance = torch.cdist(part, y)
+        covered_x.append((distance <= around_y).any(1))
+        covered_y |= (distance <= reach[:, None]).any(0)
+    return float(torch.cat(covered_x).double().mean()), float(covered_y.double().mean())
+
+
+def class_coverage(labels: Tensor, classes: int) -> float:
+    """The share of the classes 0 .. classes-1 that get at least half of their fair share of labels (n,)."""
+    counts = torch.bincount(labels.cpu(), minlength=classes)
+    return float((counts >= len(labels) / (2 * classes)).double().mean())
+
+
 def auroc(normal: Tensor, anomalous: Tensor) -> float:
     """The share of (normal, anomalous) pairs in which the anomaly has the higher energy. Both (n,)."""
     from sklearn.metrics import roc_auc_score
