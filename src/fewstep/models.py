@@ -1,7 +1,7 @@
 """Which model does a name mean?   A run folder, a diffusers folder or hub id, or file.py:function.
 
 A finished `train` leaves model.safetensors, a finished `finetune` sampler.safetensors and value.safetensors: averaged
-weights, without the optimiser.
+weights, without the optimiser. A `prefer` that was given choices leaves preference.safetensors.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torch import nn
 from fewstep.config import TrainConfig
 from fewstep.denoiser import Denoiser
 from fewstep.energy import Value
+from fewstep.preference import Preference
 from fewstep.run import NotARun, read_config
 from fewstep.sampler import Sampler
 from fewstep.training import make_denoiser
 
 MODEL, SAMPLER, VALUE = "model.safetensors", "sampler.safetensors", "value.safetensors"
+PREFERENCE = "preference.safetensors"
 
 
 def train_config(settings: dict[str, Any]) -> TrainConfig:
@@ -130,3 +132,15 @@ def relative_to(name: str, folder: File) -> tuple[str, bool]:
     if not File(file).exists():
         return name, False
     return os.path.relpath(os.path.realpath(file), os.path.realpath(folder)) + mark + function, True
+
+
+def load_preference(folder: str | File, device: str = "cpu") -> Preference:
+    """The reward r(x) that a folder of `fewstep prefer --choices` holds: (b, *d) -> (b,), differentiable in x."""
+    folder, run = File(folder), read_config(folder)
+    if run["command"] != "prefer":
+        raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a preference is a folder of `fewstep prefer`")
+    if not (folder / PREFERENCE).exists():
+        raise ValueError(f"{folder} holds no {PREFERENCE}: its pairs wait for choices; give them to `fewstep prefer --choices`")
+    preference = Preference(tuple(run["config"]["shape"]), run["config"]["width"])
+    load_weights(preference, folder / PREFERENCE)
+    return preference.to(device).eval().requires_grad_(False)
