@@ -116,9 +116,9 @@ class LearnConfig:
 class PreferenceConfig:
     """How a reward is learned from choices (Bradley-Terry)."""
 
-    iterations: Count = 1000
+    iterations: Count = 500
     """Most steps of the optimiser, for each of five networks."""
-    patience: Count = 100
+    patience: Count = 50
     """Steps without a better log-loss on the stopping pairs after which a network is done."""
     batch_size: Count = 256
     """Pairs per step."""

@@ -36,8 +36,8 @@ def ask(samples: str, out: File, count: int, config: PreferenceConfig) -> tuple[
     x = load_samples(samples)
     if not report.is_images(x):
         raise ValueError(
-            f"the page shows images (c, h, w) of 1 or 3 channels, these samples have shape {tuple(x.shape[1:])}; choose in your "
-            "own way, and give --choices"
+            f"the page shows images (c, h, w) of 1 or 3 channels, these samples have shape {tuple(x.shape[1:])}; choose in "
+            "your own way, and give --choices"
         )
     pairs = draw_pairs(len(x), count, config.seed)
     settings = _settings(samples, x, out, config)
@@ -86,8 +86,8 @@ def sentences(known: dict[str, Any]) -> list[str]:
     decided = known["pairs"] - known["ties"]
     error = math.sqrt(known["accuracy"] * (1 - known["accuracy"]) / decided)
     lines = [
-        f"{known['pairs']} choices, {known['ties']} of them ties. Held-out pairs: accuracy {known['accuracy']:.1%} ± {error:.1%}, "
-        f"log-loss {known['log_loss']:.3f} nats (a coin: {math.log(2):.3f}).",
+        f"{known['pairs']} choices, {known['ties']} of them ties. Held-out pairs: accuracy {known['accuracy']:.1%} ± "
+        f"{error:.1%}, log-loss {known['log_loss']:.3f} nats (a coin: {math.log(2):.3f}).",
         f"One standard deviation of the reward among the samples is worth {known['strength']:.2f} nats of log-odds.",
     ]
     if known["log_loss"] >= math.log(2):
@@ -164,8 +164,9 @@ def _csv_rows(file: File, text: str):
     if not {"a", "b", "prefer"} <= set(reader.fieldnames or ()):
         raise ValueError(f"{file}, line 1: the columns are a, b and prefer, got {', '.join(reader.fieldnames or ()) or 'none'}")
     for row in reader:
-        numbers = {k: int(row[k]) if (row[k] or "").strip().isdecimal() else row[k] for k in ("a", "b")}
-        yield reader.line_num, row | numbers
+        a, b, choice = ((row[k] or "").strip() for k in ("a", "b", "prefer"))
+        numbers = {k: int(v) if v.isdecimal() else v for k, v in (("a", a), ("b", b))}
+        yield reader.line_num, numbers | {"prefer": choice}
 
 
 def draw_pairs(samples: int, count: int, seed: int) -> list[tuple[int, int]]:
@@ -267,7 +268,7 @@ function save() {
   document.body.append(link);
   link.click();
   link.remove();
-  URL.revokeObjectURL(link.href);
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 for (const name of ["a", "b", "tie"]) at(name).onclick = () => choose(name);
 at("back").onclick = () => move(-1);

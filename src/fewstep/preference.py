@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class _Vectors(nn.Module):
 
 
 def _network(shape: tuple[int, ...], width: int) -> nn.Module:
-    """(b, *shape) -> (b, 1): an MLP up to 256 numbers, else convolutions that halve the sides thrice, and the means of four quarters."""
+    """(b, *shape) -> (b, 1): an MLP up to 256 numbers, else convolutions that halve the sides thrice, and four means."""
     if math.prod(shape) <= MLP_UP_TO:
         return _Vectors(math.prod(shape), width)
     if len(shape) != 3:
@@ -75,9 +76,7 @@ def _network(shape: tuple[int, ...], width: int) -> nn.Module:
         )
     channels = (shape[0], width // 4, width // 2, width)
     layers = [
-        layer
-        for before, after in zip(channels[:-1], channels[1:], strict=True)
-        for layer in (nn.Conv2d(before, after, 4, stride=2, padding=2), nn.SiLU())
+        layer for before, after in pairwise(channels) for layer in (nn.Conv2d(before, after, 4, stride=2, padding=2), nn.SiLU())
     ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels[-1], 1))
 
