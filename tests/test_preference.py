@@ -18,6 +18,8 @@ from fewstep.config import PreferenceConfig
 from fewstep.models import load_preference
 from fewstep.preference import Preference, learn_preference
 
+QUICK = PreferenceConfig(lr=5e-3, iterations=150)
+
 
 def simulate(utility, count, generator):
     """`count` pairs of rows, chosen as Bradley and Terry say from the utilities (n,)."""
@@ -31,7 +33,7 @@ def test_a_known_linear_utility_is_found_and_its_log_loss_is_nearly_the_best_the
     x = torch.randn(1500, 4, generator=generator)
     utility = x @ torch.tensor([1.5, -1.0, 0.5, 0.0])
     pairs, chosen = simulate(utility, 800, generator)
-    preference, known = learn_preference(x, pairs, chosen)
+    preference, known = learn_preference(x, pairs, chosen, QUICK)
     fresh = torch.randn(500, 4, generator=generator)
     assert spearmanr(preference(fresh), fresh @ torch.tensor([1.5, -1.0, 0.5, 0.0])).statistic > 0.97
     margin = utility[pairs[:, 0]] - utility[pairs[:, 1]]
@@ -57,14 +59,14 @@ def test_the_reward_is_standardised_and_differentiable(generator):
 def test_ties_pull_rewards_together(generator):
     """More is better below 0; above 0 somebody says "tie", or else nothing is asked there."""
     x = torch.rand(600, 1, generator=generator) * 2 - 1
-    pairs = torch.randint(600, (800, 2), generator=generator)
+    pairs = torch.randint(600, (500, 2), generator=generator)
     left, right = x[pairs].squeeze(2).clamp(max=0).unbind(1)
     share = 0.5 + 0.5 * torch.sign(left - right)
     above = (x[pairs] > 0).all(1).squeeze(1)
     assert (share[above] == 0.5).all()
     probes = torch.tensor([[-0.8], [-0.1], [0.1], [0.8]])
-    with_ties, known = learn_preference(x, pairs, share)
-    without, _ = learn_preference(x, pairs[~above], share[~above])
+    with_ties, known = learn_preference(x, pairs, share, QUICK)
+    without, _ = learn_preference(x, pairs[~above], share[~above], QUICK)
     steps = [p.utility(probes).diff().abs() for p in (with_ties, without)]
     assert known["ties"] == int((share == 0.5).sum()) > 100
     assert steps[0][2] < 0.15 * steps[0][0]
@@ -83,7 +85,7 @@ def test_images_too_large_for_the_mlp_are_learned_by_convolutions(generator):
     x = torch.rand(150, 3, 18, 18, generator=generator) * 2 - 1
     x += torch.linspace(-1, 1, 150)[:, None, None, None]
     pairs, chosen = simulate(10 * x.mean((1, 2, 3)), 150, generator)
-    preference, _ = learn_preference(x, pairs, chosen, PreferenceConfig(width=16, iterations=150))
+    preference, _ = learn_preference(x, pairs, chosen, PreferenceConfig(width=16, iterations=60, lr=5e-3))
     assert spearmanr(preference(x), x.mean((1, 2, 3))).statistic > 0.9
     with pytest.raises(ValueError, match=r"learned on samples of shape \(3, 18, 18\)"):
         preference(x[:, :1])

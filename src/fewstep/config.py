@@ -116,7 +116,7 @@ class LearnConfig:
 class PreferenceConfig:
     """How a reward is learned from choices (Bradley-Terry)."""
 
-    iterations: Count = 500
+    iterations: Annotated[int, Field(ge=5)] = 500
     """Most steps of the optimiser, for each of five networks."""
     patience: Count = 50
     """Steps without a better log-loss on the stopping pairs after which a network is done."""

@@ -24,6 +24,7 @@ from fewstep.config import PreferenceConfig
 from fewstep.networks import MLP, MLP_UP_TO
 
 FOLDS = 5
+EVERY = 5  # steps between two looks at the stopping pairs
 LEAST = 4 * FOLDS  # pairs: four to judge each network by
 CHOICES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # the share of a pair that goes to a
 
@@ -142,20 +143,20 @@ def _learn_member(
     net = preference.nets[k]
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr)
     rows, batch = learned.nonzero()[:, 0], min(config.batch_size, int(learned.sum()))
-    best, since, kept = math.inf, 0, copy.deepcopy(net.state_dict())
-    for _ in range(config.iterations):
+    best, reached, kept = math.inf, 0, copy.deepcopy(net.state_dict())
+    for step in range(1, config.iterations + 1):
         draw = rows[torch.randperm(len(rows))[:batch]]
         loss = binary_cross_entropy_with_logits(log_odds(preference, k, items, pairs[draw]), choices[draw])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        with torch.no_grad():
-            now = float(binary_cross_entropy_with_logits(log_odds(preference, k, items, pairs[stops]), choices[stops]))
-        since += 1
-        if now < best:
-            best, since, kept = now, 0, copy.deepcopy(net.state_dict())
-        if since == config.patience:
-            break
+        if step % EVERY == 0:
+            with torch.no_grad():
+                now = float(binary_cross_entropy_with_logits(log_odds(preference, k, items, pairs[stops]), choices[stops]))
+            if now < best:
+                best, reached, kept = now, step, copy.deepcopy(net.state_dict())
+            elif step - reached >= config.patience:
+                break
     net.load_state_dict(kept)
 
 
