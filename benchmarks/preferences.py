@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import inspect
 import json
 import math
 import time
@@ -42,6 +41,11 @@ from fewstep.preference import CHOICES, learn_preference
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, train
+
+try:
+    from fewstep.dxmi import make_goal
+except ImportError as error:
+    raise SystemExit("this fewstep fine-tunes without a reward: fewstep.dxmi has no make_goal") from error
 
 Reward = Callable[[Tensor], Tensor]
 
@@ -87,10 +91,8 @@ def pretrain(data: Data, seed: int, iterations: int) -> Denoiser:
 def taught(denoiser: Denoiser, data: Data, config: FinetuneConfig, reward: Reward | None, weight: float) -> Sampler:
     """A four-step sampler, fine-tuned with a reward of this weight."""
     times = karras(TRAIN.sigma_min, TRAIN.sigma_max).times(denoiser.path, STEPS)
-    if reward is not None:
-        config = dataclasses.replace(config, reward_weight=weight)
     state = make_state(denoiser, times, config, data.shape)
-    for _ in finetune(state, data.train, reward=reward):
+    for _ in finetune(state, make_goal(data.train, reward=reward, weight=weight)):
         pass
     return state.averaged.module
 
@@ -223,13 +225,11 @@ def main() -> None:
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
     parser.add_argument("--picture", default=str(HERE.parent / "docs" / "pictures" / "preferences.png"))
     args = parser.parse_args()
-    if "reward" not in inspect.signature(finetune).parameters or not hasattr(FINETUNE, "reward_weight"):
-        parser.exit(1, "this fewstep's finetune takes no reward (finetune(.., reward=r), FinetuneConfig.reward_weight)\n")
     config = dataclasses.replace(FINETUNE, **dict(pair.split("=", 1) for pair in args.set))
     weights, pretraining = WEIGHTS, TRAIN.iterations
     if args.quick:
         weights, pretraining = (1.0,), 200
-        config = dataclasses.replace(config, iterations=30, warmup=10)
+        config = dataclasses.replace(config, iterations=30, density_iterations=30)
     result: dict = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
