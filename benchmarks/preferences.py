@@ -220,13 +220,14 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of FinetuneConfig")
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
     parser.add_argument("--picture", default=str(HERE.parent / "docs" / "pictures" / "preferences.png"))
     args = parser.parse_args()
     config = dataclasses.replace(FINETUNE, **dict(pair.split("=", 1) for pair in args.set))
-    weights, pretraining = WEIGHTS, TRAIN.iterations
+    weights, pretraining = tuple(args.weights), TRAIN.iterations
     if args.quick:
         weights, pretraining = (1.0,), 200
         config = dataclasses.replace(config, iterations=30, density_iterations=30)

@@ -91,8 +91,8 @@ def preferences() -> str:
         for taste in dict.fromkeys(row["taste"] for row in rows)
     }
     lines = [
-        f"**Tastes followed by a four-step sampler** (`python benchmarks/preferences.py`, {result['date']}, 8x8 digits, {seeds} "
-        f"seeds of {result['samples']:,} samples, mean ± standard deviation). Learned from {result['pairs']} choices, "
+        f"**Tastes followed by a four-step sampler** (`python benchmarks/preferences.py`, {result['date']}, 8x8 digits, "
+        f"{seeds} seeds of {result['samples']:,} samples, mean ± standard deviation). Learned from {result['pairs']} choices, "
         f"{result['flipped']:.0%} of them flipped: "
         + "; ".join(f"{t}, rank correlation with the truth {c}, held-out accuracy {a}" for t, (c, a) in known.items())
         + ". In brackets what the target itself has, the training digits times exp(w r):",
