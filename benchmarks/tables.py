@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 HERE = Path(__file__).parent
+FILES = {"demo": "demo_seeds"}  # where a table is not named like its JSON
 README = HERE.parent / "README.md"
 QUALITY = ("precision", "recall", "coverage")
 
@@ -156,9 +157,38 @@ def images(result: dict | None = None) -> str:
     return "\n".join(parts).strip()
 
 
+def preferences() -> str:
+    result = json.loads((HERE / "preferences.json").read_text())
+    rows, seeds = result["rows"], len({row["seed"] for row in result["rows"]})
+    known = {
+        taste: [spread([a[k] for a in result["agreements"] if a["taste"] == taste]) for k in ("rank_correlation", "accuracy")]
+        for taste in dict.fromkeys(row["taste"] for row in rows)
+    }
+    lines = [
+        f"**Tastes followed by a four-step sampler** (`python benchmarks/preferences.py`, {result['date']}, 8x8 digits, "
+        f"{seeds} seeds of {result['samples']:,} samples, mean ± standard deviation). Learned from {result['pairs']} choices, "
+        f"{result['flipped']:.0%} of them flipped: "
+        + "; ".join(f"{t}, rank correlation with the truth {c}, held-out accuracy {a}" for t, (c, a) in known.items())
+        + ". In brackets what the target itself has, the training digits times exp(w r):",
+        "",
+        "| taste | reward | w (nats per sd) | taste (sd of the data) | FD-pixels to the data | FD-pixels to the target | "
+        "sliced Wasserstein to the target | entropy of the classes / ln 10 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((row["taste"], row["reward"], row["weight"]) for row in rows):
+        same = [row for row in rows if (row["taste"], row["reward"], row["weight"]) == key]
+        cells = []
+        for name, ideal in (("truth", True), ("fd", True), ("fd_target", False), ("sw_target", False), ("entropy", True)):
+            target = f" ({mean(row[f'{name}_ideal'] for row in same):.2f})" if ideal else ""
+            cells.append(spread([row[name] for row in same], 3 if name == "sw_target" else 2) + target)
+        lines.append(f"| {key[0]} | {key[1]} | {key[2]:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     old = text = README.read_text()
-    for name, table in (("demo", demo), ("gaussians8", gaussians8), ("toys", toys), ("images", images), ("schedules", schedules)):
+    tables = (demo, gaussians8, toys, images, preferences, schedules)
+    for name, table in ((t.__name__, t) for t in tables if (HERE / f"{FILES.get(t.__name__, t.__name__)}.json").exists()):
         mark = rf"(<!-- {name} table: python benchmarks/tables.py -->\n).*?(<!-- end -->)"
         if not re.search(mark, text, flags=re.S):
             continue

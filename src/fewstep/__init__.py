@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fewstep.adapters import from_diffusers, from_sigma, from_velocity
-    from fewstep.config import FinetuneConfig, LearnConfig, TrainConfig
+    from fewstep.config import FinetuneConfig, LearnConfig, PreferenceConfig, TrainConfig
     from fewstep.data import load_data
     from fewstep.denoiser import Denoiser, Guided, OnPath, Pretrained
     from fewstep.dxmi import FinetuneState, finetune, make_state
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from fewstep.learn import learn_schedule
     from fewstep.metrics import auroc, energy_distance, frechet_distance, sliced_wasserstein
     from fewstep.mixture import Mixture
-    from fewstep.models import load_denoiser, load_sampler
+    from fewstep.models import load_denoiser, load_preference, load_sampler
     from fewstep.path import VE, VP, Cosine, Linear, Path, Tabulated
+    from fewstep.preference import Preference, learn_preference
     from fewstep.sampler import Sampler, Transition
     from fewstep.schedule import Schedule, cosine, equalise, karras, kl_optimal, linear, log_linear
     from fewstep.solvers import solve
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "adapters": "from_diffusers from_sigma from_velocity",
-    "config": "FinetuneConfig LearnConfig TrainConfig",
+    "config": "FinetuneConfig LearnConfig PreferenceConfig TrainConfig",
     "data": "load_data",
     "denoiser": "Denoiser Guided OnPath Pretrained",
     "dxmi": "FinetuneState finetune make_state",
@@ -36,8 +37,9 @@ _HOME = {
     "learn": "learn_schedule",
     "metrics": "auroc energy_distance frechet_distance sliced_wasserstein",
     "mixture": "Mixture",
-    "models": "load_denoiser load_sampler",
+    "models": "load_denoiser load_preference load_sampler",
     "path": "VE VP Cosine Linear Path Tabulated",
+    "preference": "Preference learn_preference",
     "sampler": "Sampler Transition",
     "schedule": "Schedule cosine equalise karras kl_optimal linear log_linear",
     "solvers": "solve",

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fewstep.config import Condition, Count, FinetuneConfig, LearnConfig, Machine, Positive, Solver, Source, TrainConfig
+from fewstep.config import (
+    Condition,
+    Count,
+    FinetuneConfig,
+    LearnConfig,
+    Machine,
+    Positive,
+    PreferenceConfig,
+    Solver,
+    Source,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from fewstep.processes import Processes
@@ -122,7 +133,10 @@ def finetune(
     out: Out,
     steps: Annotated[Count, Parameter(help="Evaluations of the network per sample.")] = 4,
     schedule: ScheduleName = "karras",
-    reward: Annotated[str | None, Parameter(help="file.py:function from samples to numbers, higher = better.")] = None,
+    reward: Annotated[
+        str | None,
+        Parameter(help="file.py:function from samples to numbers, higher = better, or a folder of `fewstep prefer`."),
+    ] = None,
     reward_weight: Annotated[float, Parameter(help="The aim is p(x) exp(weight reward).")] = 1.0,
     machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[FinetuneConfig, Flat] = FinetuneConfig(),
@@ -215,6 +229,43 @@ def evaluate(
 
 
 @app.command(sort_key=6)
+def prefer(
+    *,
+    samples: Annotated[str, Parameter(help="A folder of `fewstep sample`, or an .npz (key x) or .npy file of samples.")],
+    out: Out,
+    pairs: Annotated[
+        Count | None, Parameter(help="Pairs on the page; 100 if not given. More of them keep earlier choices.")
+    ] = None,
+    choices: Annotated[
+        File | None,
+        Parameter(help="What the page saved, or .jsonl or .csv rows a, b (rows of the samples), prefer (a, b or tie)."),
+    ] = None,
+    machine: Annotated[Machine, Flat] = Machine(),
+    config: Annotated[PreferenceConfig, Flat] = PreferenceConfig(),
+) -> None:
+    """Learn a reward from somebody's choices: first a page that asks for them, then, given the choices, the reward.
+
+    Without --choices it writes pairs.html: open it in a browser, press a, b or t (tie), and save the choices. With them it
+    learns how much a sample is liked, says how well that predicts choices it has not seen, and leaves a reward for
+    `fewstep finetune --reward`: of mean 0 and variance 1 over the samples, so that the weight is in nats.
+    """
+    device = _on(machine)
+    from fewstep import prefer as preferring
+    from fewstep.show import show as show_folder
+
+    if choices is None:
+        page, count = preferring.ask(samples, out, pairs or 100, config)
+        print(f"{page} asks for {count} choices; then: fewstep prefer --samples {samples} --choices CHOICES --out {out}")
+        return
+    if pairs is not None:
+        raise ValueError("--pairs is for the page; leave it out where --choices are given")
+    folder, known = preferring.learn(samples, choices, out, config, device, track)
+    show_folder(folder)
+    print("\n".join(preferring.sentences(known)))
+    print(f"The reward is in {folder}; next: fewstep finetune --reward {folder} ..")
+
+
+@app.command(sort_key=7)
 def export(
     *,
     schedule: Annotated[str, Parameter(help="A schedule file, or a folder of `fewstep schedule`.")],
@@ -247,7 +298,7 @@ def export(
         print(out)
 
 
-@app.command(sort_key=7)
+@app.command(sort_key=8)
 def show(folder: Annotated[File, Parameter(help="A run folder.")]) -> None:
     """Print what a run folder holds, and make its page report.html."""
     from fewstep.show import show as show_folder

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import __version__, models, report
 from fewstep.config import FinetuneConfig, Source, TrainConfig
@@ -116,10 +116,12 @@ def finetune(
     times = find_schedule(schedule_name, denoiser).times(denoiser.path, steps)
     state = make_state(denoiser, times, config, data.shape)
     labels, test_labels = (data.train_labels, data.test_labels) if denoiser.classes else (None, None)
-    worth = models.load_reward(reward) if reward else None
+    worth = models.load_reward(reward, device) if reward else None
     goal = make_goal(data.train.to(device), labels, worth, reward_weight)
     settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "shape": list(data.shape)}
-    settings |= {"reward": reward, "reward_weight": reward_weight} if reward else {}
+    if reward is not None:
+        settings |= {"reward": models.relative_to(reward, out)[0], "reward_weight": reward_weight}
+        settings |= {"reward_fingerprint": fingerprint(worth.state_dict().values())} if isinstance(worth, nn.Module) else {}
     settings |= data_settings(source, data) | dataclasses.asdict(config)
     if processes.index == 0:
         open_run(out, "finetune", settings)

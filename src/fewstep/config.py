@@ -118,6 +118,24 @@ class LearnConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PreferenceConfig:
+    """How a reward is learned from choices (Bradley-Terry)."""
+
+    iterations: Annotated[int, Field(ge=5)] = 500
+    """Most steps of the optimiser, for each of five networks."""
+    patience: Count = 50
+    """Steps without a better log-loss on the stopping pairs after which a network is done."""
+    batch_size: Count = 256
+    """Pairs per step."""
+    lr: Positive = 1e-3
+    """Adam's rate."""
+    width: Annotated[int, Field(ge=8)] = 64
+    """Hidden units up to 256 numbers per sample, channels of the last convolution for larger images."""
+    seed: int = 0
+    """Seed of the pairs that are asked for, the weights, the folds and the batches."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Condition:
     """What a conditional model is told."""
 

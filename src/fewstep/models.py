@@ -1,7 +1,7 @@
 """Which model does a name mean?   A run folder, a diffusers folder or hub id, or file.py:function.
 
 A finished `train` leaves model.safetensors, a finished `finetune` sampler.safetensors and value.safetensors: averaged
-weights, without the optimiser.
+weights, without the optimiser. A `prefer` that was given choices leaves preference.safetensors.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from fewstep.config import FinetuneConfig, TrainConfig
 from fewstep.denoiser import Denoiser
 from fewstep.energy import Value, make_value
+from fewstep.preference import Preference
 from fewstep.run import NotARun, read_config
 from fewstep.sampler import Sampler
 from fewstep.training import make_denoiser
 
 MODEL, SAMPLER, VALUE = "model.safetensors", "sampler.safetensors", "value.safetensors"
+PREFERENCE = "preference.safetensors"
 
 
 C = TypeVar("C", TrainConfig, FinetuneConfig)
@@ -129,11 +131,15 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
     return sampler.to(device).eval().requires_grad_(False), value.to(device).eval().requires_grad_(False)
 
 
-def load_reward(name: str) -> Callable[[Tensor], Tensor]:
-    """The reward that `file.py:function` names: x (b, *d) -> (b,), higher = better."""
+def load_reward(name: str, device: str = "cpu") -> Callable[[Tensor], Tensor]:
+    """A reward x (b, *d) -> (b,), higher = better: what `file.py:function` names, or a folder of `fewstep prefer`."""
     if ".py:" in name:
         return load_function(name)
-    raise ValueError(f"no reward {name!r}: give file.py:function, a function of samples (b, *d) that returns (b,)")
+    if (File(name) / PREFERENCE).exists():
+        return load_preference(name, device)
+    raise ValueError(
+        f"no reward {name!r}: give file.py:function, from samples (b, *d) to (b,), or a folder of `fewstep prefer`"
+    )
 
 
 def relative_to(name: str, folder: File) -> tuple[str, bool]:
@@ -142,3 +148,15 @@ def relative_to(name: str, folder: File) -> tuple[str, bool]:
     if not File(file).exists():
         return name, False
     return os.path.relpath(os.path.realpath(file), os.path.realpath(folder)) + mark + function, True
+
+
+def load_preference(folder: str | File, device: str = "cpu") -> Preference:
+    """The reward r(x) that a folder of `fewstep prefer --choices` holds: (b, *d) -> (b,), differentiable in x."""
+    folder, run = File(folder), read_config(folder)
+    if run["command"] != "prefer":
+        raise ValueError(f"{folder} is a `fewstep {run['command']}` folder; a preference is a folder of `fewstep prefer`")
+    if not (folder / PREFERENCE).exists():
+        raise ValueError(f"{folder} holds no {PREFERENCE}: its pairs wait for choices; give them to `fewstep prefer --choices`")
+    preference = Preference(tuple(run["config"]["shape"]), run["config"]["width"])
+    load_weights(preference, folder / PREFERENCE)
+    return preference.to(device).eval().requires_grad_(False)

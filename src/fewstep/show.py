@@ -8,6 +8,8 @@ from pathlib import Path as File
 from fewstep import report
 from fewstep.commands import SCHEDULE
 from fewstep.evaluation import ROWS, table_of
+from fewstep.models import PREFERENCE
+from fewstep.prefer import read_known
 from fewstep.run import read_config, read_lines
 from fewstep.schedule import Schedule
 from fewstep.verdict import sentences
@@ -26,9 +28,11 @@ def show(folder: File) -> tuple[list[list[str]], File]:
         report.loss_figure(folder / "metrics.png", metrics, names)
         text = "Means over 20 iterations; docs/metrics.md defines them."
         sections.append(report.section("Metrics", text, folder / "metrics.png"))
-    pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png"}
+    pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png", "prefer": "preference.png"}
     if (name := pictures.get(run["command"])) and (folder / name).exists():
         sections.append(report.section(run["command"].capitalize(), "", folder / name))
+    if (folder / PREFERENCE).exists():
+        table += [[k, f"{v:.5g}" if isinstance(v, float) else f"{v}"] for k, v in read_known(folder).items()]
     if (folder / SCHEDULE).exists():
         about = Schedule.load(folder / SCHEDULE).provenance
         if (folder / "verdict.png").exists():
