@@ -61,9 +61,9 @@ SHOWN = 32  # samples in a picture, of seed 0
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
 FINETUNE = {
-    "digits": FinetuneConfig(iterations=1600, batch_size=64),
-    "mnist_slim": FinetuneConfig(iterations=600, batch_size=64),
-    "fashion": FinetuneConfig(iterations=300, batch_size=64),
+    "digits": FinetuneConfig(),
+    "mnist_slim": FinetuneConfig(iterations=200, density_iterations=600, batch_size=64),
+    "fashion": FinetuneConfig(iterations=200, density_iterations=600, batch_size=64),
 }
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
 
@@ -240,7 +240,7 @@ class Subject:
 
     def finetune_config(self, seed: int) -> FinetuneConfig:
         config = replace(FINETUNE[self.name], seed=seed)
-        return replace(config, iterations=10, warmup=2, batch_size=16) if self.args.quick else config
+        return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
     def schedule(self, levels: str) -> Path:
         """The file of the karras or the learned schedule, made when it is first asked for."""
