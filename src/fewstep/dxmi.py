@@ -105,10 +105,13 @@ class FinetuneState:
         self.averaged_value = averaged(value, config.ema)
         betas = (config.momentum, 0.999)
         self.sampler_optimiser = torch.optim.Adam(
-            [{"params": list(sampler.denoiser.parameters())}, {"params": [sampler.log_std]}], lr=config.lr, betas=betas
+            [{"params": list(sampler.denoiser.parameters())}, {"params": [sampler.log_std]}],
+            lr=config.lr,
+            betas=betas,
+            fused=True,
         )
-        self.value_optimiser = torch.optim.Adam(value.critic_parameters(), lr=config.lr_value, betas=betas)
-        self.density_optimiser = torch.optim.Adam([{"params": value.density_parameters()}], lr=config.lr_density)
+        self.value_optimiser = torch.optim.Adam(value.critic_parameters(), lr=config.lr_value, betas=betas, fused=True)
+        self.density_optimiser = torch.optim.Adam([{"params": value.density_parameters()}], lr=config.lr_density, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step, self.rate, self.rolled_back = 0, 1.0, 0
         self.best: dict[str, Any] = {}
@@ -182,76 +185,60 @@ def time_cost(kind: str, steps: int) -> Tensor:
     return torch.full((steps,), 0.05 if kind == "linear" else 0.0)
 
 
-def cost_to_go(state: FinetuneState, goal: Goal, x: Tensor, i: Tensor, cond: Cond) -> Tensor:
-    """V(x, i), and at the end the reward as well: (b,)."""
-    value = state.value(x, i, cond)
+def reward_cost(state: FinetuneState, goal: Goal, x: Tensor) -> Tensor | float:
+    """What the reward adds to the energy of finished samples x (b, *d): (b,)."""
     if goal.reward is None:
-        return value
-    last = i == state.sampler.steps
-    reward = torch.zeros_like(value).masked_scatter(last, goal.reward(x[last]).to(value))
-    return value - state.value.tau * goal.weight / state.value.dimensions * reward
+        return 0.0
+    return -state.value.tau * goal.weight / state.value.dimensions * goal.reward(x).to(x)
 
 
 # --- one step of each ---------------------------------------------------------------------------------------------
 
 
 def value_step(
-    state: FinetuneState,
-    goal: Goal,
-    data: Tensor,
-    i: Tensor,
-    x: Tensor,
-    x_next: Tensor,
-    cond: Cond = None,
-    processes: Processes = ALONE,
+    state: FinetuneState, goal: Goal, data: Tensor, states: Tensor, cond: Cond = None, processes: Processes = ALONE
 ) -> dict[str, float]:
-    """One step of energy and value together, on data (b, *d) and the transitions x -> x_next (N b, *d) of steps i."""
-    config, value, steps = state.config, state.value, state.sampler.steps
-    generated, every = x_next[-len(data) :], repeated(cond, steps)
+    """One step of energy and value together, on data (b, *d) and rollouts (N+1, b, *d)."""
+    config, value, steps, b = state.config, state.value, state.sampler.steps, len(data)
+    i = torch.arange(steps + 1, device=data.device).repeat_interleave(b)
+    x, every = states.flatten(0, 1), repeated(cond, steps + 1)
+    last = torch.full((b,), steps, device=data.device)
+    correction = value.correction(torch.cat([x, data]), torch.cat([i, last]), repeated(cond, steps + 2)).reshape(-1, b)
+    *known, of_generated, of_data = correction
     with torch.no_grad():
-        target = cost_to_go(state, goal, x_next, i + 1, every)
-        if value.density_net is not None:
-            target = target - value.tau * value.density(x, i, every)
+        costs = running_cost(state, i[:-b], x[:-b], x[b:], state.sampler.std()[i[:-b]]).reshape(steps, b)
         if value.shared:
-            target = target + time_cost(config.time_cost, steps).to(x)[i]
-        else:
-            target = target + running_cost(state, i, x, x_next, state.sampler.std()[i])
-        by_step = target.reshape(steps, -1)
+            costs = time_cost(config.time_cost, steps).to(x)[:, None].expand(steps, b)
+        to_go = correction[:-1].detach().clone()
+        to_go[-1] += reward_cost(state, goal, states[-1])
+        target = to_go[1:] + costs
+        if value.density_net is not None:
+            target += value.tau * value.density(x, i, every).reshape(-1, b).diff(dim=0)
         if not value.shared:  # only differences within a step matter, and the constants of A are arbitrary
-            target = (by_step - processes.average(by_step.mean(1, keepdim=True))).flatten()
-    of_data, of_generated = value.correction(data, steps, cond), value.correction(generated, steps, cond)
+            target -= processes.average(target.mean(1, keepdim=True))
     gap = of_data.mean() - of_generated.mean()
     energy_loss = gap + config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
-    value_loss = ((target - value.correction(x, i, every)) ** 2).mean()
+    value_loss = ((target - torch.stack(known)) ** 2).mean()
     # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
     norm = take_step(state.value_optimiser, energy_loss + steps * value_loss, processes)
-    return processes.mean(
-        {
-            "energy_data": float(of_data.detach().mean()),
-            "energy_generated": float(of_generated.detach().mean()),
-            "energy_gap": float(gap.detach()),
-            "value_loss": float(value_loss.detach()),
-        }
-    ) | {"value_gradient_norm": norm}
+    found = {"energy_data": of_data.mean(), "energy_generated": of_generated.mean(), "energy_gap": gap}
+    found |= {"value_loss": value_loss}
+    return processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": norm}
 
 
 def sampler_step(
-    state: FinetuneState,
-    goal: Goal,
-    i: Tensor,
-    x: Tensor,
-    noise: Tensor,
-    cond: Cond = None,
-    processes: Processes = ALONE,
+    state: FinetuneState, goal: Goal, x: Tensor, noise: Tensor, cond: Cond = None, processes: Processes = ALONE
 ) -> dict[str, float]:
-    """One step of the sampler on states x (N b, *d) at steps i: expected value of the next state plus running cost."""
+    """One step of the sampler on states and noise (N, b, *d): expected value of the next state plus running cost."""
+    steps, b = x.shape[:2]
+    i, x, every = torch.arange(steps, device=x.device).repeat_interleave(b), x.flatten(0, 1), repeated(cond, steps)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
-        law = state.sampler.step(x, i, cond)
-    x_next = law.at(noise)
+        law = state.sampler.step(x, i, every)
+    x_next = law.at(noise.flatten(0, 1))
     state.value.requires_grad_(False)
-    to_go = cost_to_go(state, goal, x_next, i + 1, cond).mean()
+    to_go = state.value(x_next, i + 1, every).mean() + torch.as_tensor(reward_cost(state, goal, x_next[-b:])).mean() / steps
     cost = running_cost(state, i, x, x_next, law.std).mean()
-    norm = take_step(state.sampler_optimiser, state.sampler.steps * (to_go + cost), processes, state.config.clip)
+    norm = take_step(state.sampler_optimiser, steps * (to_go + cost), processes, state.config.clip)
     state.value.requires_grad_(True)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
     return found | {"gradient_norm": norm}
@@ -320,15 +307,14 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     start = float(sampler.path.sigma(sampler.times[0].cpu())) * noise[0]
     with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
         states = sampler.rollout(start, cond=cond, noise=noise[1 : steps + 1])
-    x, x_next = states[:-1].flatten(0, 1), states[1:].flatten(0, 1)
-    i = torch.arange(steps, device=x.device).repeat_interleave(len(data))
     if config.velocity_decay < 1:
-        mean_square = squared_velocity(state, i, x, x_next).reshape(steps, -1).mean(1)
-        state.back_variance.lerp_(processes.average(mean_square), 1 - config.velocity_decay)
+        i = torch.arange(steps, device=data.device).repeat_interleave(len(data))
+        squared = squared_velocity(state, i, states[:-1].flatten(0, 1), states[1:].flatten(0, 1))
+        state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - config.velocity_decay)
 
     smoothed = data + float(sampler.last_std) * noise[-1]
-    metrics = value_step(state, goal, smoothed, i, x, x_next, cond, processes)
-    metrics |= sampler_step(state, goal, i, x, noise[steps + 1 : -1].flatten(0, 1), repeated(cond, steps), processes)
+    metrics = value_step(state, goal, smoothed, states, cond, processes)
+    metrics |= sampler_step(state, goal, states[:-1], noise[steps + 1 : -1], cond, processes)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
     metrics |= processes.mean({"sample_std": float(states[-1].std())})
