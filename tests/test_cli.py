@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     data = ("--data", root / "points.npy")
     fewstep("train", *data, "--out", root / "model", "--iterations", 200, *TINY)
     fewstep("schedule", "--model", root / "model", "--out", root / "schedule", "--solver", "euler", "--steps", 2, *SMALL)
-    tuning = ("--iterations", 20, "--warmup", 5, "--batch-size", 32, "--schedule", root / "schedule")
+    tuning = ("--iterations", 20, "--density-iterations", 10, "--batch-size", 32, "--schedule", root / "schedule")
     fewstep("finetune", "--model", root / "model", *data, "--out", root / "sampler", "--steps", 2, *tuning)
     return root
 
@@ -67,7 +67,7 @@ def conditional(tmp_path_factory):
     data = ("--data", root / "points.npz")
     training = ("--iterations", 300, "--label-dropout", 0.2, "--lr", 5e-3, "--ema", 0.99, *TINY)
     fewstep("train", *data, "--labels", "--out", root / "model", *training)
-    tuning = ("--iterations", 20, "--warmup", 5, "--batch-size", 32, "--steps", 3)
+    tuning = ("--iterations", 20, "--density-iterations", 10, "--batch-size", 32, "--steps", 3)
     fewstep("finetune", "--model", root / "model", *data, "--out", root / "sampler", *tuning)
     return root
 
@@ -379,7 +379,7 @@ def test_help_answers_without_torch_and_teaches():
     code = "import sys; sys.argv = ['fewstep', 'finetune', '--help']\nfrom fewstep.cli import app\n"
     code += "try: app()\nfinally: print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"COLUMNS": "200"}, check=False)
-    assert "Weight of the energy's square" in done.stdout
+    assert "Weight of the square of the energy's correction" in done.stdout
     assert not {"torch", "numpy", "scipy", "sklearn", "matplotlib", "diffusers"} & set(done.stderr.split())
 
 

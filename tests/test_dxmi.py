@@ -1,21 +1,24 @@
-"""Fine-tuning: its gradients and closed forms, and one short seed of the 8-Gaussian benchmark."""
+"""Fine-tuning: its gradients, closed forms and fixed point, its guard, and one short seed of the 8-Gaussian benchmark."""
 
 import dataclasses
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fewstep import dxmi
 from fewstep.config import FinetuneConfig
 from fewstep.denoiser import OnPath
-from fewstep.dxmi import FinetuneState, finetune, iterate, make_state, running_cost, sampler_step, value_step
-from fewstep.energy import Value
+from fewstep.dxmi import FinetuneState, Goal, finetune, make_goal, make_state, running_cost, sampler_step, value_step
+from fewstep.energy import Value, density_loss
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Cosine, Linear
-from fewstep.sampler import Sampler
+from fewstep.sampler import Sampler, posterior_std
 from fewstep.schedule import karras
 from fewstep.training import make_denoiser
 
@@ -65,72 +68,284 @@ def test_running_cost_is_entropy_and_velocity_per_dimension():
     assert torch.allclose(running_cost(state, i, x, x_next, std), torch.tensor(expected), atol=1e-5)
 
 
+GOAL = Goal(torch.zeros(1, 2))
+
+
 def test_the_sampler_step_moves_the_sampler_only_and_the_value_step_the_value_only():
-    state = state_of()
+    state = state_of(density_iterations=0)
     before = {k: v.clone() for k, v in state.state_dict()["sampler"].items()}
     value_before = {k: v.clone() for k, v in state.value.state_dict().items()}
-    x, i = torch.randn(12, 2), torch.arange(3).repeat_interleave(4)
-    sampler_step(state, i, x)
+    states = torch.randn(4, 6, 2)
+    sampler_step(state, GOAL, states[:-1], torch.randn(3, 6, 2))
     assert all(torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
     moved = {k: v.clone() for k, v in state.sampler.state_dict().items()}
     assert any(not torch.equal(v, before[k]) for k, v in moved.items())
-    value_step(state, torch.randn(4, 2), i, x, torch.randn(12, 2))
+    value_step(state, GOAL, torch.randn(6, 2), states)
     assert all(torch.equal(v, moved[k]) for k, v in state.sampler.state_dict().items())
     assert any(not torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
 
 
 def test_with_entropy_only_the_noise_finds_the_maximum_entropy_of_the_bound():
     """With V = 0, cost -log std + (|x - k m|^2 + k^2 std^2)/(2 s^2) per dimension is least at std = s/k."""
-    state = state_of(tau=1.0, lr_std=0.05, velocity_decay=1.0, momentum=0.9)
-    state.value.mlp.leave.weight.data.zero_()
-    state.value.mlp.leave.bias.data.zero_()
-    x, i = torch.randn(3000, 2), torch.arange(3).repeat_interleave(1000)
+    state = state_of(tau=1.0, lr_std=0.05, momentum=0.9, density_iterations=0)
+    state.value.critic.last.weight.data.zero_()
+    state.value.critic.last.bias.data.zero_()
     state.sampler_optimiser.param_groups[0]["lr"] = 0.0
+    state.sampler_optimiser.param_groups[1]["lr"] = 0.05
+    x = torch.randn(3, 1000, 2)
     for _ in range(300):
-        state.sampler_optimiser.param_groups[1]["lr"] = 0.05
-        sampler_step(state, i, x)
+        sampler_step(state, GOAL, x, torch.randn(3, 1000, 2))
     best = state.back_variance.sqrt() / state.back_scale
     assert torch.allclose(state.sampler.std()[1:2], best[1:2], rtol=0.05)
     assert state.sampler.std()[2].item() == pytest.approx(state.config.last_std)
 
 
-def test_the_energy_of_a_fixed_sampler_is_the_least_squares_critic():
-    """With the sampler held, E tends to (pi - p)/(2 gamma (pi + p)): here 1-D normals, checked at several points."""
-    gamma, g = 1.0, torch.Generator().manual_seed(0)
-    value = Value((1,), torch.ones(2), width=64)
+def test_the_correction_for_a_fixed_sampler_is_the_least_squares_critic():
+    """With the sampler held, C tends to (pi - p)/(2 gamma (pi + p)): here 1-D normals, checked at several points."""
+    g = torch.Generator().manual_seed(0)
+    value = Value((1,), torch.ones(2))
     sampler = Sampler(make_denoiser((1,), gaussians8.TRAIN), torch.tensor([0.5, 0.0], dtype=torch.float64), 0.1)
-    state = FinetuneState(sampler, value, FinetuneConfig(gamma=gamma, lr_value=2e-3, momentum=0.9))
-    i = torch.zeros(2000, dtype=torch.long)
+    state = FinetuneState(sampler, value, FinetuneConfig(lr_value=2e-3, momentum=0.9, density_iterations=0))
     for step in range(600):
         state.value_optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 600)
         data, generated = torch.randn(2, 2000, 1, generator=g)
-        value_step(state, data, i, torch.zeros(2000, 1), generated + 1)
+        value_step(state, GOAL, data, torch.stack([torch.zeros(2000, 1), generated + 1]))
     x = torch.linspace(-1, 2, 7)[:, None]
     p, pi = torch.exp(-(x**2) / 2), torch.exp(-((x - 1) ** 2) / 2)
     with torch.no_grad():
-        assert torch.allclose(value.energy(x), ((pi - p) / (2 * gamma * (pi + p)))[:, 0], atol=0.04)
+        assert torch.allclose(value.energy(x), ((pi - p) / (2 * (pi + p)))[:, 0], atol=0.04)
 
 
-def test_a_divergence_is_reported_with_the_metric_and_the_iteration():
-    state = state_of(lr_value=1e30, warmup=0)
-    with pytest.raises(ValueError, match=r"is not finite at iteration \d+: lower"):
-        list(finetune(state, torch.randn(50, 2)))
+def fitted_density(iterations: int) -> FinetuneState:
+    """A state around the exact denoiser of N(0, 1) on VE, after the density's iterations."""
+    state = state_of(VE(0.1, 10), iterations=1, density_iterations=iterations, batch_size=256, lr_density=5e-3)
+    data = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(3))
+    for _ in finetune(state, data):
+        if state.step == iterations:
+            break
+    return state
 
 
-def test_only_the_value_learns_in_the_warm_up():
-    state = state_of(warmup=3)
-    start = {k: v.clone() for k, v in state.sampler.state_dict().items()}
-    for k in range(4):
-        iterate(state, torch.randn(8, 2))
-        same = all(torch.equal(v, start[name]) for name, v in state.sampler.state_dict().items())
-        assert same == (k < 3)
+def test_the_density_is_that_of_the_noised_data_at_every_step():
+    """For N(0, 1) data, D A(x, i) = |x|^2/(2 (1 + sigma_i^2)) + const: gradients against the closed form."""
+    state = fitted_density(400)
+    value, (_, sigma) = state.averaged_value.module, state.sampler.levels()
+    assert float(sigma[-1]) == pytest.approx(state.config.last_std)
+    for i, level in enumerate(sigma):
+        scale = math.sqrt(1 + float(level) ** 2)
+        x = (scale * torch.randn(500, 2, generator=torch.Generator().manual_seed(i))).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(2 * value.density(x, i).sum(), x)
+        exact = x.detach() / scale**2
+        assert float(((gradient - exact) ** 2).mean().sqrt()) < 0.08 / scale, i
+
+
+def test_the_density_losses_at_the_closed_form(generator):
+    """With A exact for N(0, 1) data: |sigma D grad A - eps|^2 has the mean 1/(1 + sigma^2), averaged over the levels, and
+    softplus(D A(x) - D A(x + s z)) with s -> 0 the mean log 2, with s large about 0.
+    """
+    state = state_of(VE(0.1, 10), density_iterations=1)
+    value, (_, sigma) = state.value, state.sampler.levels()
+    torch.nn.init.zeros_(value.density_net.last.weight)
+    value.log_precision.data = torch.log(value.radius.double() ** 2 / (1 + sigma**2)).float()
+    data, eps, far = (torch.randn(n, 50_000, 2, generator=generator) for n in (1, 4, 4))
+    near, wide = (density_loss(value, state.sampler, data[0], eps, far, torch.full((50_000,), r)) for r in (-9.0, 2.0))
+    assert float(near["score_loss"].detach()) == pytest.approx(float((1 / (1 + sigma**2)).mean()), rel=0.01)
+    assert float(near["contrast_loss"].detach()) == pytest.approx(math.log(2), abs=1e-3)
+    assert float(wide["contrast_loss"].detach()) < 0.01
+
+
+def test_the_contrast_loss_finds_the_weights_of_separate_modes():
+    """Two modes, 3 : 1, so far apart that score matching cannot compare them: log 3 between their energies."""
+    mixture, g = Mixture([[-3.0, 0.0], [3.0, 0.0]], 0.3, weights=[3.0, 1.0]), torch.Generator().manual_seed(0)
+    state = state_of(iterations=1, density_iterations=500, batch_size=128, lr_density=5e-3)
+    for _ in finetune(state, mixture.sample(20_000, g)):
+        if state.step == 500:
+            break
+    value, spread = state.averaged_value.module, 0.3 * torch.randn(2000, 2, generator=g)
+    with torch.no_grad():
+        left, right = (2 * value.density(spread + torch.tensor([m, 0.0]), 3).mean() for m in (-3.0, 3.0))
+    assert float(right - left) == pytest.approx(math.log(3), abs=0.35)
+
+
+@pytest.mark.parametrize("path", [VE(0.05, 20), VP(), Linear()], ids=repr)
+def test_posterior_noise_keeps_a_gaussian_exactly_on_its_path(path):
+    """For N(0, 1) data every step with posterior_std has the marginal variance of the path, which ancestral noise misses."""
+    sampler = Sampler(OnPath(Mixture(torch.zeros(1, 2), 1.0), path), karras(0.1, 10).times(path, 4))
+    g = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 100_000, 2, generator=g)
+    sampler.log_std.data = posterior_std(sampler, data, noise).log().float()
+    start = path.noised(torch.randn(100_000, 2, generator=g), torch.randn(100_000, 2, generator=g), sampler.times[0])
+    for i, x in enumerate(sampler.rollout(start, g)[:-1]):
+        t = sampler.times[i]
+        assert float(x.var()) == pytest.approx(float(path.alpha(t) ** 2 + path.sigma(t) ** 2), rel=0.02), i
+
+
+def test_where_the_samples_are_the_data_the_energy_stays_at_the_density():
+    """p = pi = q is a fixed point: the correction then stays at 0, where the published energy would have to be 0 as well."""
+    state, g = fitted_density(300), torch.Generator().manual_seed(1)
+    state.value.load_state_dict(state.averaged_value.module.state_dict())
+    state.value.tau.fill_(0.03)
+    for _ in range(150):
+        states = [torch.randn(500, 2, generator=g)]
+        for variance in state.back_variance.flip(0):  # the data, noised along the path: what a perfect sampler's rollouts are
+            states.insert(0, states[0] + variance.sqrt() * torch.randn(500, 2, generator=g))
+        value_step(state, GOAL, torch.randn(500, 2, generator=g), torch.stack(states))
+    with torch.no_grad():
+        x = torch.randn(2000, 2, generator=g)
+        assert float(state.value.correction(x, 3).abs().mean()) < 0.02
+        assert torch.equal(state.value.energy(x), state.value.tau * state.value.density(x, 3) + state.value.correction(x, 3))
+
+
+def test_tau_makes_the_density_spread_by_a_fortieth_of_the_corrections_range():
+    state = fitted_density(150)
+    data = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(4))
+    next(finetune(state, data))
+    with torch.no_grad():
+        smoothed = data + state.config.last_std * torch.randn(data.shape)
+        assert float((state.value.tau * state.value.density(smoothed, 3)).std()) == pytest.approx(dxmi.SPREAD, rel=0.2)
+
+
+# --- goals, guidance ----------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_tilts_the_data_and_the_energy():
+    data = torch.linspace(-1, 1, 4000)[:, None].repeat(1, 2)
+    goal = make_goal(data, reward=lambda x: x[:, 0], weight=2.0)
+    drawn = data[goal.rows(40_000, torch.Generator().manual_seed(0)), 0]
+    exact = 1 / math.tanh(2) - 0.5  # the mean of exp(2 x) on (-1, 1)
+    assert float(drawn.mean()) == pytest.approx(exact, abs=0.01)
+    state = state_of(tau=0.3, density_iterations=0)
+    x = torch.randn(7, 2)
+    assert torch.allclose(dxmi.reward_cost(state, goal, x), -0.3 * 2 / 2 * x[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("reward", "weight", "message"),
+    [
+        (lambda x: x, 1.0, r"\(b,\); got shape"),
+        (lambda x: x[:, 0] / 0, 1.0, "one finite number"),
+        (lambda x: x[:, 0], 1e4, "leaves 1.0 of 500 data in effect; lower the weight"),
+    ],
+    ids=["shape", "not finite", "too heavy"],
+)
+def test_a_reward_that_cannot_be_used_is_refused(reward, weight, message):
+    with pytest.raises(ValueError, match=message):
+        make_goal(torch.randn(500, 2, generator=torch.Generator().manual_seed(0)), reward=reward, weight=weight)
+
+
+def test_value_guidance_moves_down_the_value():
+    sampler = Sampler(OnPath(Mixture(torch.zeros(1, 2), 1.0), VE(0.1, 10)), karras(0.1, 10).times(VE(0.1, 10), 3), 0.1)
+    start = sampler.start(500, (2,), torch.Generator().manual_seed(0))
+
+    def value(x, i, cond):  # to the right is better
+        return -x[:, 0]
+
+    plain, guided = (
+        sampler.sample(start, torch.Generator().manual_seed(1), value=value, guidance=weight) for weight in (0.0, 0.5)
+    )
+    last = 0.5 * float(sampler.last_std)
+    assert bool((guided[:, 0] > plain[:, 0] + 0.99 * last).all())
+    assert torch.allclose(guided[:, 1], plain[:, 1], atol=1e-5)
+
+
+# --- the guard ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_divergence_goes_back_halves_the_rates_and_at_last_says_what_is_wrong():
+    state = state_of(lr_value=1e30, iterations=2000, density_iterations=0)
+    seen: list[dict[str, float]] = []
+    with pytest.raises(ValueError, match=r"is not finite at iteration \d+, after 5 roll-backs; lower --lr and --lr-value"):
+        seen.extend(checked(state))
+    assert state.rolled_back == 5
+    assert state.rate == 1 / 32
+
+
+def checked(state: FinetuneState):
+    """Its loop; what it yields is finite, and so are the weights that it has just gone back to."""
+    before = 0
+    for metrics in finetune(state, torch.randn(50, 2)):
+        assert all(abs(v) < float("inf") for v in metrics.values())
+        if state.rolled_back > before:
+            assert all(bool(torch.isfinite(v).all()) for v in state.value.state_dict().values())
+        before = state.rolled_back
+        yield metrics
+
+
+@pytest.mark.parametrize(
+    ("metrics", "std", "wrong"),
+    [
+        ({}, 1.0, None),
+        ({"sample_std": 0.3}, 1.0, "standard deviation is 0.3 of"),
+        ({"sample_std": 3.0}, 1.0, "standard deviation is 3 of"),
+        ({"energy_gap": -0.97}, 1.0, "the energy tells every sample"),
+        ({"value_loss": math.nan}, 1.0, "value_loss is not finite"),
+        ({}, 0.01, "the step noises are 0.01, 0.01 of"),
+    ],
+)
+def test_collapse_and_divergence_are_seen(metrics, std, wrong):
+    state = state_of()
+    state.sampler.log_std.data += math.log(std)
+    found = dxmi.complaint(state, [{"sample_std": 1.0, "energy_gap": 0.0, "value_loss": 1.0} | metrics] * 3, 1.0)
+    assert found is None if wrong is None else wrong in found
+
+
+def test_the_best_state_is_the_one_closest_to_the_held_out_data():
+    state = state_of(iterations=500, density_iterations=2, lr=3e-3)
+    data = ring().sample(500, torch.Generator().manual_seed(0))
+    seen = [m["held_out_sw"] for m in finetune(state, data, Goal(data)) if "held_out_sw" in m]
+    assert len(seen) == 2
+    assert state.best["held_out_sw"] == min(seen)
+    assert state.best["step"] == (252, 502)[seen.index(min(seen))]
+
+
+# --- several processes --------------------------------------------------------------------------------------------------
+
+TWO = """
+import sys, torch
+from accelerate import Accelerator
+sys.path.insert(0, {tests!r})
+from fewstep.processes import Processes
+import test_dxmi
+state = test_dxmi.short_run(Processes(Accelerator(cpu=True)))
+if Accelerator().is_main_process:
+    torch.save(state.sampler.state_dict(), {out!r})
+"""
+
+
+def short_run(processes=dxmi.ALONE) -> FinetuneState:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    state = state_of(iterations=20, density_iterations=10, batch_size=16, velocity_decay=0.99, lr=1e-3)
+    for _ in finetune(state, ring().sample(200, torch.Generator().manual_seed(0)), processes=processes):
+        pass
+    return state
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_do_what_one_does(tmp_path):
+    script, out = tmp_path / "two.py", tmp_path / "two.pt"
+    script.write_text(TWO.format(tests=str(Path(__file__).parent), out=str(out)))
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision"]
+    command = [sys.executable, *launch, "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = short_run().sampler.state_dict(), torch.load(out, weights_only=True)
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    processes = dxmi.Processes()
+    processes.count = 3
+    with pytest.raises(ValueError, match="a batch of 16 cannot be shared evenly by 3"):
+        processes.share(torch.zeros(16))
 
 
 @pytest.mark.timeout(280)
 def test_fine_tuning_halves_the_excess_on_the_8_gaussians_and_its_energy_detects():
-    """One short seed of benchmarks/gaussians8.py: same start, a third of the iterations, smaller estimators."""
+    """One short seed of benchmarks/gaussians8.py: same start, fewer iterations, smaller estimators."""
     start, data = gaussians8.pretrain(seed=0, iterations=1500)
-    config = dataclasses.replace(gaussians8.FINETUNE, iterations=1000)
+    config = dataclasses.replace(gaussians8.FINETUNE, iterations=500, density_iterations=500)
     state = make_state(start.denoiser, start.times, config, (2,))
     for _ in finetune(state, data):
         pass
@@ -144,4 +359,4 @@ def test_fine_tuning_halves_the_excess_on_the_8_gaussians_and_its_energy_detects
     assert after - floor < (before - floor) / 2, (before, after, floor)
     energy = state.averaged_value.module.energy
     with torch.no_grad():
-        assert auroc(energy(reference), energy(torch.rand(n, 2, generator=g) * 8 - 4)) > 0.8
+        assert auroc(energy(reference), energy(torch.rand(n, 2, generator=g) * 8 - 4)) > 0.85

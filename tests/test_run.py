@@ -44,7 +44,17 @@ def test_training_and_fine_tuning_continue_bit_for_bit_after_kill_9(points, tmp_
     common = ("--data", points, "--batch-size", 16, "--threads", 1)
     commands = {
         "train": (1500, "train", *common, "--width", 16, "--depth", 1),
-        "finetune": (400, "finetune", *common, "--model", tmp_path / "whole" / "train", "--steps", 2, "--warmup", 50),
+        "finetune": (
+            400,
+            "finetune",
+            *common,
+            "--model",
+            tmp_path / "whole" / "train",
+            "--steps",
+            2,
+            "--density-iterations",
+            150,
+        ),
     }
     for name, (iterations, *arguments) in commands.items():
         whole, broken = tmp_path / "whole" / name, tmp_path / "broken" / name
@@ -69,7 +79,7 @@ def states():
     small = TrainConfig(iterations=95, batch_size=16, width=16, depth=1)
     denoiser = make_denoiser((2,), small)
     times = karras(0.1, 10).times(denoiser.path, 3)
-    tuned = FinetuneConfig(iterations=95, warmup=25, batch_size=16)
+    tuned = FinetuneConfig(iterations=65, density_iterations=30, batch_size=16)
     return {
         "train": (lambda: TrainState((2,), small), lambda state: train(state, data)),
         "train with labels": (

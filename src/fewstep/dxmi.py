@@ -5,7 +5,7 @@
 solved by dynamic programming (DxDP) along the sampler's own rollouts x_0 .. x_N, noise to data: no teacher, no
 back-propagation through the chain, no MCMC. V(x, i) = tau A(x, i) + C(x, i), the last slice being the energy (energy.py).
 
-First A, from the data alone, by denoising score matching. Then, per iteration, on one batch of fresh rollouts:
+First A, from the data alone, by score matching and a contrast of far points. Then, per iteration, on one batch of fresh rollouts:
 
     energy   mean C(data, N) - mean C(x_N, N) + gamma (mean C(data, N)^2 + mean C(x_N, N)^2)
     value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once
@@ -29,6 +29,7 @@ what it is held to, or the energy would learn to see the noise. `Sampler.sample`
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -47,7 +48,7 @@ from fewstep.training import averaged
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
 LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
 ROLL_BACKS = 5
-FEW = 1000  # held-out data, and samples to hold against them
+FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
 
 Reward = Callable[[Tensor], Tensor]
 
@@ -255,22 +256,25 @@ def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Process
     return norm
 
 
-def density_step(state: FinetuneState, data: Tensor, noise: Tensor, cond: Cond, processes: Processes) -> dict[str, float]:
-    """One step of denoising score matching; the rate falls to 0 along a cosine."""
+def density_step(
+    state: FinetuneState, data: Tensor, noise: Tensor, reach: Tensor, cond: Cond, processes: Processes
+) -> dict[str, float]:
+    """One step of the density on data (b, *d), noise (2 N + 2, b, *d); the rate falls to 0 along a cosine."""
     done = state.step / state.config.density_iterations
     group = state.density_optimiser.param_groups[0]
-    group["lr"] = state.rate * state.config.lr_density * (1 + float(torch.cos(torch.tensor(torch.pi * done)))) / 2
-    loss = density_loss(state.value, state.sampler, data, noise, cond)
-    norm = take_step(state.density_optimiser, loss, processes)
+    group["lr"] = state.rate * state.config.lr_density * (1 + math.cos(math.pi * done)) / 2
+    eps, far = noise.chunk(2)
+    losses = density_loss(state.value, state.sampler, data, eps, far, reach, cond)
+    norm = take_step(state.density_optimiser, sum(losses.values(), torch.zeros(())), processes)
     state.averaged_value.update_parameters(state.value)
-    return processes.mean({"density_loss": float(loss.detach())}) | {"density_gradient_norm": norm}
+    return processes.mean({k: float(v.detach()) for k, v in losses.items()}) | {"density_gradient_norm": norm}
 
 
 @torch.no_grad()
 def start_sampler(state: FinetuneState, goal: Goal) -> None:
     """When the density is known: the noise of each step from the data's posterior, and tau from the density's spread."""
     config, sampler = state.config, state.sampler
-    rows = goal.rows(512, state.generator)
+    rows = goal.rows(FEW, state.generator)
     noise = torch.randn(2, len(rows), *goal.data.shape[1:], generator=state.generator)
     data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
     sampler.log_std.copy_(posterior_std(sampler, data, noise[0].to(data), cond).log())
@@ -293,12 +297,12 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
     rows = goal.rows(config.batch_size, state.generator)
     shape = goal.data.shape[1:]
-    count = steps + 2 if state.step < config.density_iterations else 2 * steps + 2
-    noise = torch.randn(count, config.batch_size, *shape, generator=state.generator)
+    noise = torch.randn(2 * steps + 2, config.batch_size, *shape, generator=state.generator)
     rows, noise = processes.share(rows), processes.share(noise, 1).to(goal.data)
     data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
     if state.step < config.density_iterations:
-        return density_step(state, data, noise[1:], cond, processes)
+        reach = processes.share(torch.linspace(0, 1, config.batch_size)).to(data)
+        return density_step(state, data, noise, reach, cond, processes)
 
     left = state.rate * min(1.0, 2 * (1 - (state.step - config.density_iterations) / config.iterations))
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups

@@ -6,8 +6,8 @@ A Value is the expected cost of the rest of the way from state x of step i, and 
                                            C = what experience with the sampler corrects
 
 Why A: where every step of the sampler is the reverse of the path's noising, the cost to go of maximum-entropy control *is*
--log p_i, for every temperature tau. A is learned from the data alone (`fit_density`, denoising score matching), so that
-value and energy are right before the sampler makes its first move. Without A this is the paper's value.
+-log p_i, for every temperature tau. A is learned from the data alone (`density_loss`), so that value and energy are right
+before the sampler makes its first move. Without A this is the paper's value.
 
 States are divided by their path's radius, so that all are of the data's size, on VE paths too. No normalisation layers: an
 energy must see scale.
@@ -156,21 +156,34 @@ def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig)
     return Value(shape, sampler.radius(), tau, config.density_iterations > 0, config.value == "shared", classes)
 
 
-def density_loss(value: Value, sampler: Sampler, x0: Tensor, eps: Tensor, cond: Cond = None) -> Tensor:
-    """Denoising score matching of A at the levels of all steps at once: mean square of sigma_i D grad A - eps, per dimension.
+def density_loss(
+    value: Value, sampler: Sampler, x0: Tensor, eps: Tensor, far: Tensor, reach: Tensor, cond: Cond = None
+) -> dict[str, Tensor]:
+    """What A is learned by, at the levels of all steps at once: {"score_loss": (), "contrast_loss": ()}, to be added.
 
-    x0: data (b, *d); eps: standard normal (N+1, b, *d). Its least value is that of a perfect noise prediction. The last level
-    is the noise of the sampler's last step, or the path's cleanest where that has none: the data itself may have no density.
+    score_loss: denoising score matching, the mean square of sigma_i D grad A - eps, per dimension; its least value is that of
+    a perfect noise prediction. It does not see how the weights of separate modes compare. contrast_loss, in nats: conditional
+    noise-contrastive estimation (Ceylan & Gutmann 2018), softplus(D A(x) - D A(x + s z)) with steps s of all sizes, does.
+
+    x0: data (b, *d); eps, far: standard normal (N+1, b, *d); reach: (b,) in [0, 1], the size of s between the cleanest and
+    the noisiest level, in logarithm. The last level is the noise of the sampler's last step, or the path's cleanest where
+    that has none: the data itself may have no density.
     """
-    levels = sampler.levels()
-    i = torch.arange(value.steps + 1, device=x0.device).repeat_interleave(len(x0))
+    levels, n = sampler.levels(), value.steps + 1
+    i = torch.arange(n, device=x0.device).repeat_interleave(len(x0))
     alpha, sigma = (level.to(x0)[i].reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
-    eps = eps.flatten(0, 1)
-    x = (alpha * x0.repeat(value.steps + 1, *[1] * (x0.ndim - 1)) + sigma * eps).requires_grad_(True)
+    eps, every = eps.flatten(0, 1), repeated(cond, n)
+    x = (alpha * x0.repeat(n, *[1] * (x0.ndim - 1)) + sigma * eps).requires_grad_(True)
+    low, high = (float(end) for end in (levels[1] / levels[0].clamp(min=1e-3)).log()[[-1, 0]])
+    s = alpha * torch.exp(low + (high - low) * reach).repeat(n).reshape(alpha.shape)
     with torch.enable_grad():
-        total = value.dimensions * value.density(x, i, repeated(cond, value.steps + 1)).sum()
-        (gradient,) = torch.autograd.grad(total, x, create_graph=True)
-        return ((sigma * gradient - eps) ** 2).mean()
+        here = value.dimensions * value.density(x, i, every)
+        (gradient,) = torch.autograd.grad(here.sum(), x, create_graph=True)
+        there = value.dimensions * value.density((x + s * far.flatten(0, 1)).detach(), i, every)
+        return {
+            "score_loss": ((sigma * gradient - eps) ** 2).mean(),
+            "contrast_loss": nn.functional.softplus(here - there).mean(),
+        }
 
 
 def repeated(cond: Cond, times: int) -> Cond:
