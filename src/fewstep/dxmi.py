@@ -5,7 +5,7 @@
 solved by dynamic programming (DxDP) along the sampler's own rollouts x_0 .. x_N, noise to data: no teacher, no
 back-propagation through the chain, no MCMC. V(x, i) = tau A(x, i) + C(x, i), the last slice being the energy (energy.py).
 
-First A, from the data alone, by score matching and a contrast of far points. Then, per iteration, on one batch of fresh rollouts:
+First A, from the data alone (`density_loss`). Then, per iteration, on one batch of fresh rollouts:
 
     energy   mean C(data, N) - mean C(x_N, N) + gamma (mean C(data, N)^2 + mean C(x_N, N)^2)
     value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once
