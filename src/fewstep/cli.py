@@ -143,7 +143,7 @@ def finetune(
 ) -> None:
     """Learn what each step does: a few-step sampler jointly with an energy (DxMI).
 
-    First the density of the data, then sampler and energy together. Several GPUs: accelerate launch -m fewstep.cli finetune ..
+    First the density of the data, then sampler and energy together. Several GPUs: torchrun --nproc_per_node 2 -m fewstep.cli finetune ..
     """
     device, processes = _on(machine), _processes()
     if processes.accelerator is not None:
@@ -372,7 +372,7 @@ def _on(machine: Machine) -> str:
 
 
 def _processes() -> Processes:
-    """Those that `accelerate launch` has started, or just this one."""
+    """Those that torchrun has started, or just this one."""
     from fewstep.processes import ALONE, Processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -380,7 +380,7 @@ def _processes() -> Processes:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ValueError("several processes need accelerate: pip install accelerate") from error
+        raise ValueError("several processes need accelerate: pip install fewstep[parallel]") from error
     return Processes(Accelerator())
 
 

@@ -24,7 +24,7 @@ def show(folder: File) -> tuple[list[list[str]], File]:
         table += [[f"{k} (last)", f"{v:.5g}"] for k, v in metrics[-1].items()]
     sections = []
     if run["command"] in ("train", "finetune") and metrics:
-        names = ["loss"] if run["command"] == "train" else ["energy_gap", "value_loss", "sample_std"]
+        names = ["loss"] if run["command"] == "train" else ["energy_gap", "value_loss", "sample_std", "held_out_sw"]
         report.loss_figure(folder / "metrics.png", metrics, names)
         text = "Means over 20 iterations; docs/metrics.md defines them."
         sections.append(report.section("Metrics", text, folder / "metrics.png"))
