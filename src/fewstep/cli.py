@@ -143,7 +143,8 @@ def finetune(
 ) -> None:
     """Learn what each step does: a few-step sampler jointly with an energy (DxMI).
 
-    First the density of the data, then sampler and energy together. Several GPUs: torchrun --nproc_per_node 2 -m fewstep.cli finetune ..
+    First the density of the data, then sampler and energy together. On several GPUs: torchrun --nproc_per_node 2 -m
+    fewstep.cli finetune ..
     """
     device, processes = _on(machine), _processes()
     if processes.accelerator is not None:
