@@ -19,7 +19,7 @@ LAYERS = [
     ["learn"],
     ["baselines"],
     ["networks", "data", "run", "export"],
-    ["sampler", "training", "processes", "preference"],
+    ["sampler", "training", "processes", "goal", "preference"],
     ["energy"],
     ["dxmi", "models"],
     ["report"],

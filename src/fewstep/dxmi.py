@@ -30,8 +30,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from fewstep.config import FinetuneConfig
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.energy import Value, density_loss, make_value, repeated
+from fewstep.goal import Goal, condition, make_goal
 from fewstep.metrics import sliced_wasserstein
 from fewstep.path import broadcast
 from fewstep.processes import ALONE, Processes
@@ -49,41 +50,6 @@ SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confi
 LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
 ROLL_BACKS = 5
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
-
-Reward = Callable[[Tensor], Tensor]
-
-
-class Goal(NamedTuple):
-    """What the sampler is to reach: data (n, *d), their labels (n,) or None, and a reward r(x) -> (b,), higher = better.
-
-    With a reward the aim is p(x) exp(weight r(x)): data are drawn that often, and the energy has -weight r in it.
-    """
-
-    data: Tensor
-    labels: Tensor | None = None
-    reward: Reward | None = None
-    weight: float = 0.0
-    shares: Tensor | None = None
-
-    def rows(self, n: int, generator: torch.Generator) -> Tensor:
-        if self.shares is None:
-            return torch.randint(len(self.data), (n,), generator=generator)
-        return torch.multinomial(self.shares, n, replacement=True, generator=generator)
-
-
-def make_goal(data: Tensor, labels: Tensor | None = None, reward: Reward | None = None, weight: float = 1.0) -> Goal:
-    """Raises ValueError where the reward is not one finite number per sample, or leaves hardly any data to learn from."""
-    if reward is None:
-        return Goal(data, labels)
-    with torch.no_grad():
-        each = torch.cat([reward(part).detach().double().cpu() for part in data.split(500)])
-    if each.shape != (len(data),) or not bool(torch.isfinite(each).all()):
-        raise ValueError(f"a reward returns one finite number per sample, (b,); got shape {tuple(each.shape)} for {len(data)}")
-    shares = torch.softmax(weight * each, 0)
-    left = float(1 / (shares**2).sum())
-    if left < 20:
-        raise ValueError(f"with weight {weight:g} the reward leaves {left:.1f} of {len(data)} data in effect; lower the weight")
-    return Goal(data, labels, reward, weight, shares)
 
 
 class FinetuneState:
@@ -286,10 +252,6 @@ def start_sampler(state: FinetuneState, goal: Goal) -> None:
         state.value.tau.fill_(SPREAD * state.value.dimensions / float(nats.std()))
     state.averaged = averaged(sampler, config.ema)
     state.averaged_value = averaged(state.value, config.ema)
-
-
-def condition(goal: Goal, rows: Tensor) -> Cond:
-    return None if goal.labels is None else {"class_labels": goal.labels[rows].to(goal.data.device)}
 
 
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:

@@ -16,61 +16,16 @@ energy must see scale.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
 from fewstep.denoiser import Cond
-from fewstep.networks import MLP, MLP_UP_TO
+from fewstep.networks import scalar_net
 from fewstep.sampler import Sampler
 
 PUBLISHED_TAU = 0.1  # in two dimensions
-
-
-class ScalarMLP(nn.Module):
-    """f(x, condition): (b, *d), (b, c) -> (b,), on flattened samples."""
-
-    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 128, depth: int = 2):
-        super().__init__()
-        self.mlp = MLP(math.prod(shape), condition, 1, width, depth)
-        self.last = self.mlp.leave
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.mlp(x.flatten(1), condition)[:, 0]
-
-
-class ScalarConv(nn.Module):
-    """f(x, condition): (b, c, h, w), (b, c) -> (b,), by residual convolutions that halve the image down to 4 to 7 pixels."""
-
-    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 32):
-        super().__init__()
-        channels, side = shape[0], min(shape[1:])
-        halvings = max(1, int(math.log2(side / 4)))
-        widths = [width * min(2**k, 4) for k in range(halvings + 1)]
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.halve = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths))
-        self.blocks = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in widths[1:])
-        self.conditions = nn.ModuleList(nn.Linear(condition, b) for b in widths[1:])
-        with torch.no_grad():
-            pixels = math.prod(self._shrink(torch.zeros(1, *shape), torch.zeros(1, condition)).shape[1:])
-        self.last = nn.Linear(pixels, 1)
-
-    def _shrink(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = self.enter(x)
-        for halve, block, scale in zip(self.halve, self.blocks, self.conditions, strict=True):
-            h = halve(nn.functional.silu(h))
-            h = h + block(nn.functional.silu(h + scale(condition)[:, :, None, None]))
-        return nn.functional.silu(h)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.last(self._shrink(x, condition).flatten(1))[:, 0]
-
-
-def scalar_net(shape: tuple[int, ...], condition: int) -> ScalarMLP | ScalarConv:
-    """An MLP up to 256 numbers per sample and for vectors, convolutions for larger images."""
-    return ScalarConv(shape, condition) if len(shape) == 3 and math.prod(shape) > MLP_UP_TO else ScalarMLP(shape, condition)
 
 
 class Value(nn.Module):

@@ -8,6 +8,7 @@ index K means "no class", and is what it is told where no labels are given.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -156,3 +157,52 @@ def make_denoising_net(
         kind = "mlp" if math.prod(shape) <= MLP_UP_TO else "unet"
     given = {k: v for k, v in (("width", width), ("depth", depth)) if v is not None}
     return {"mlp": MLPDenoiser, "unet": UNetDenoiser, "dit": DiTDenoiser}[kind](shape, classes=classes, **given)
+
+
+class ScalarMLP(nn.Module):
+    """f(x, condition): (b, *d), (b, c) -> (b,), on flattened samples."""
+
+    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 128, depth: int = 2):
+        super().__init__()
+        self.mlp = MLP(math.prod(shape), condition, 1, width, depth)
+        self.last = self.mlp.leave
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.mlp(x.flatten(1), condition)[:, 0]
+
+
+class ScalarConv(nn.Module):
+    """f(x, condition): (b, c, h, w), (b, c) -> (b,), by residual convolutions that halve the image down to 4 to 7 pixels."""
+
+    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 32):
+        super().__init__()
+        channels, side = shape[0], min(shape[1:])
+        halvings = max(1, int(math.log2(side / 4)))
+        widths = [width * min(2**k, 4) for k in range(halvings + 1)]
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.halve = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in widths[1:])
+        self.conditions = nn.ModuleList(nn.Linear(condition, b) for b in widths[1:])
+        with torch.no_grad():
+            pixels = math.prod(self._shrink(torch.zeros(1, *shape), torch.zeros(1, condition)).shape[1:])
+        self.last = nn.Linear(pixels, 1)
+
+    def _shrink(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.enter(x)
+        for halve, block, scale in zip(self.halve, self.blocks, self.conditions, strict=True):
+            h = halve(nn.functional.silu(h))
+            h = h + block(nn.functional.silu(h + scale(condition)[:, :, None, None]))
+        return nn.functional.silu(h)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.last(self._shrink(x, condition).flatten(1))[:, 0]
+
+
+def scalar_net(shape: tuple[int, ...], condition: int, width: int | None = None) -> ScalarMLP | ScalarConv:
+    """An MLP up to 256 numbers per sample and for vectors, convolutions for larger images.
+
+    width: hidden units of the MLP (128), or channels at full resolution (32).
+    """
+    convolutional = len(shape) == 3 and math.prod(shape) > MLP_UP_TO
+    given = () if width is None else (width,)
+    return ScalarConv(shape, condition, *given) if convolutional else ScalarMLP(shape, condition, *given)

@@ -14,14 +14,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fewstep.config import PreferenceConfig
-from fewstep.networks import MLP, MLP_UP_TO
+from fewstep.networks import MLP_UP_TO, scalar_net
 
 FOLDS = 5
 EVERY = 5  # steps between two looks at the stopping pairs
@@ -55,31 +54,18 @@ class Preference(nn.Module):
 
     def member(self, k: int, x: Tensor) -> Tensor:
         """The utility by network k alone: (b,)."""
-        return self.nets[k]((x - self.centre) / self.scale)[:, 0]
-
-
-class _Vectors(nn.Module):
-    def __init__(self, numbers: int, width: int):
-        super().__init__()
-        self.mlp = MLP(numbers, 1, 1, width, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x.flatten(1), x.new_zeros(len(x), 1))
+        return self.nets[k]((x - self.centre) / self.scale, x.new_zeros(len(x), 1))
 
 
 def _network(shape: tuple[int, ...], width: int) -> nn.Module:
-    """(b, *shape) -> (b, 1): an MLP up to 256 numbers, else convolutions that halve the sides thrice, and four means."""
+    """(b, *shape) -> (b,): an MLP up to 256 numbers, else convolutions of a quarter of the width at full resolution."""
     if math.prod(shape) <= MLP_UP_TO:
-        return _Vectors(math.prod(shape), width)
+        return scalar_net(shape, 1, width)
     if len(shape) != 3:
         raise ValueError(
             f"a preference over more than {MLP_UP_TO} numbers is for images (c, h, w), got samples of shape {shape}"
         )
-    channels = (shape[0], width // 4, width // 2, width)
-    layers = [
-        layer for before, after in pairwise(channels) for layer in (nn.Conv2d(before, after, 4, stride=2, padding=2), nn.SiLU())
-    ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels[-1], 1))
+    return scalar_net(shape, 1, width // 4)
 
 
 def learn_preference(
