@@ -272,19 +272,23 @@ def checked(state: FinetuneState):
 
 
 @pytest.mark.parametrize(
-    ("metrics", "std", "wrong"),
+    ("metrics", "std", "first", "wrong"),
     [
-        ({}, 1.0, None),
-        ({"sample_std": 0.3}, 1.0, "standard deviation is 0.3 of"),
-        ({"sample_std": 3.0}, 1.0, "standard deviation is 3 of"),
-        ({"energy_gap": -0.97}, 1.0, "the energy tells every sample"),
-        ({"value_loss": math.nan}, 1.0, "value_loss is not finite"),
-        ({}, 0.01, "the step noises are 0.01, 0.01 of"),
+        ({}, 1.0, 1.0, None),
+        ({"sample_std": 0.3}, 1.0, 1.0, "standard deviation is 0.3 of"),
+        ({"sample_std": 0.3}, 1.0, 0.3, None),
+        ({"sample_std": 0.1}, 1.0, 0.3, "standard deviation is 0.1 of"),
+        ({"sample_std": 3.0}, 1.0, 1.0, "standard deviation is 3 of"),
+        ({"sample_std": 3.0}, 1.0, 3.0, None),
+        ({"energy_gap": -0.97}, 1.0, 1.0, "the energy tells every sample"),
+        ({"value_loss": math.nan}, 1.0, 1.0, "value_loss is not finite"),
+        ({}, 0.01, 1.0, "the step noises are 0.01, 0.01 of"),
     ],
 )
-def test_collapse_and_divergence_are_seen(metrics, std, wrong):
+def test_collapse_and_divergence_are_seen(metrics, std, first, wrong):
     state = state_of()
     state.sampler.log_std.data += math.log(std)
+    state.first_spread = first
     found = dxmi.complaint(state, [{"sample_std": 1.0, "energy_gap": 0.0, "value_loss": 1.0} | metrics] * 3, 1.0)
     assert found is None if wrong is None else wrong in found
 

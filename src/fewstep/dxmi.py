@@ -83,6 +83,7 @@ class FinetuneState:
         self.step, self.rate, self.rolled_back = 0, 1.0, 0
         self.best: dict[str, Any] = {}
         self.first_std = sampler.std().detach()[:-1].clone()
+        self.first_spread = 0.0  # of the first samples, in the data's standard deviations; a start may be far off
 
         path, t, s = sampler.path, sampler.times[:-1].cpu(), sampler.times[1:].cpu()
         back = path.alpha(t) / path.alpha(s)
@@ -117,13 +118,15 @@ class FinetuneState:
 
     def state_dict(self) -> dict[str, Any]:
         own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
-        return self.learned() | own | {"rolled_back": self.rolled_back, "best": self.best, "first_std": self.first_std}
+        first = {"first_std": self.first_std, "first_spread": self.first_spread}
+        return self.learned() | own | first | {"rolled_back": self.rolled_back, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restore(state)
         self.generator.set_state(state["generator"])
         self.step, self.rate, self.rolled_back = state["step"], state["rate"], state["rolled_back"]
         self.best, self.first_std = state["best"], state["first_std"].to(self.first_std)
+        self.first_spread = state["first_spread"]
 
 
 # --- the costs ----------------------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: fl
     if "sample_std" not in mean:
         return None
     spread, noise = mean["sample_std"] / data_std, state.sampler.std().detach()[:-1] / state.first_std
-    if not 0.5 < spread < 2:
+    if not 0.5 * min(1, state.first_spread) < spread < 2 * max(1, state.first_spread):
         return f"the samples' standard deviation is {spread:.2g} of the data's"
     if bool(((noise < 0.05) | (noise > 20)).any()):
         return f"the step noises are {', '.join(f'{float(r):.2g}' for r in noise)} of those at the start"
@@ -344,6 +347,8 @@ def finetune(
         state.step += 1
         window.append(metrics)
         finite = all(abs(value) < float("inf") for value in metrics.values())
+        if finite and not state.first_spread:
+            state.first_spread = metrics.get("sample_std", 0.0) / data_std
         if not finite or state.step % LOOK_EVERY == 0:
             wrong = complaint(state, window[-1:] if not finite else window, data_std)
             if wrong and state.rolled_back == ROLL_BACKS:
