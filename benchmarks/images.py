@@ -203,7 +203,7 @@ class Subject:
             return net.eval()
         file = self.rows / f"classifier-{self.name}.safetensors"
         if not file.exists():
-            models.save_weights(train_classifier(self.data, self.classifier), file)
+            models.save_weights(train_classifier(self.data, self.classifier).state_dict(), file)
         models.load_weights(net, file)
         return net.eval()
 

@@ -185,9 +185,29 @@ def preferences() -> str:
     return "\n".join(lines)
 
 
+def ablations(result: dict | None = None) -> str:
+    result = result or json.loads((HERE / "ablations.json").read_text())
+    named: dict[str, list[dict]] = {}
+    for row in result["rows"]:
+        named.setdefault(row["row"], []).append(row)
+    columns = (("fd", 2), ("sw", 3), ("precision", 2), ("recall", 2), ("auroc_noise", 3), ("auroc_samples", 3))
+    lines = [
+        f"**What the parts give** (`python benchmarks/ablations.py RUN`, {result['date']}, 8x8 digits, {result['samples']:,} "
+        "samples, mean ± standard deviation over seeds, last iterate)",
+        "",
+        "| | evaluations | seeds | FD-pixels | sliced Wasserstein | precision | recall | AUROC, held-out against noise | "
+        "against its samples | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in named.items():
+        shown = [spread([row[k] for row in rows], d) if k in rows[0] else "" for k, d in (*columns, ("cpu_seconds", 0))]
+        lines.append(f"| {name} | {rows[0]['steps']} | {len(rows)} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     old = text = README.read_text()
-    tables = (demo, gaussians8, toys, images, preferences, schedules)
+    tables = (demo, gaussians8, toys, images, ablations, preferences, schedules)
     for name, table in ((t.__name__, t) for t in tables if (HERE / f"{FILES.get(t.__name__, t.__name__)}.json").exists()):
         mark = rf"(<!-- {name} table: python benchmarks/tables.py -->\n).*?(<!-- end -->)"
         if not re.search(mark, text, flags=re.S):

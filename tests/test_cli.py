@@ -50,7 +50,8 @@ def test_the_way_from_data_to_samples(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained)  # relative names are kept relative to the run folder
     fewstep("sample", "--model", "model", "--schedule", "schedule", "--steps", 5, "--count", 30, "--out", tmp_path / "a")
     fewstep("sample", "--model", "sampler", "--count", 30, "--out", tmp_path / "b")
-    for name in ("a", "b"):
+    fewstep("sample", "--model", "sampler", "--count", 30, "--steps", 3, "--out", tmp_path / "c")
+    for name in ("a", "b", "c"):
         x = np.load(tmp_path / name / "samples.npz")["x"]
         assert x.shape == (30, 2)
         assert np.isfinite(x).all()

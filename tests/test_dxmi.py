@@ -18,7 +18,7 @@ from fewstep.energy import Value, density_loss
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Cosine, Linear
-from fewstep.sampler import Sampler, posterior_std
+from fewstep.sampler import Sampler, in_steps, posterior_std
 from fewstep.schedule import karras
 from fewstep.training import make_denoiser
 
@@ -178,6 +178,24 @@ def test_posterior_noise_keeps_a_gaussian_exactly_on_its_path(path):
     for i, x in enumerate(sampler.rollout(start, g)[:-1]):
         t = sampler.times[i]
         assert float(x.var()) == pytest.approx(float(path.alpha(t) ** 2 + path.sigma(t) ** 2), rel=0.02), i
+
+
+@pytest.mark.parametrize("path", [VE(0.05, 20), VP(), Linear()], ids=repr)
+def test_another_number_of_steps_takes_the_noises_along(path):
+    """4 steps in 2: their levels are the 4 steps' own, and so is the noise that the posterior gives to that step."""
+    sampler = Sampler(OnPath(Mixture(torch.zeros(1, 2), 1.0), path), karras(0.1, 10).times(path, 4), last_std=0.1)
+    data, noise = torch.randn(2, 1000, 2, generator=torch.Generator().manual_seed(0))
+    sampler.log_std.data = posterior_std(sampler, data, noise).log().float()
+    same, half, one, twice = (in_steps(sampler, steps) for steps in (4, 2, 1, 8))
+    assert torch.allclose(same.times, sampler.times, rtol=1e-9)
+    assert torch.allclose(same.std(), sampler.std(), rtol=1e-4)
+    assert torch.allclose(half.times, sampler.times[[0, 2, 4]], rtol=1e-9)
+    assert torch.allclose(half.std()[:-1], posterior_std(half, data, noise).float(), rtol=1e-3)
+    assert one.times.tolist() == pytest.approx(sampler.times[[0, 4]].tolist())
+    assert torch.allclose(twice.times[[0, 2, 4, 6, 8]], sampler.times, rtol=1e-9)
+    assert torch.allclose(twice.std()[:-1], posterior_std(twice, data, noise).float(), rtol=0.02)
+    assert twice.std()[-1] == sampler.std()[-1]
+    assert twice.denoiser is sampler.denoiser
 
 
 def test_where_the_samples_are_the_data_the_energy_stays_at_the_density():

@@ -32,7 +32,7 @@ from fewstep.run import (
     require_free,
     resume,
 )
-from fewstep.sampler import Sampler
+from fewstep.sampler import Sampler, in_steps
 from fewstep.schedule import NAMED, Schedule
 from fewstep.solvers import solve
 from fewstep.training import TrainState
@@ -223,20 +223,21 @@ def sample(
     """Samples into out/samples.npz (under x) and out/samples.png: 10 steps of euler on karras unless told otherwise.
 
     labels: of a class-conditional model, dealt out in turn (and kept under y); without any, it samples from no class in
-    particular. guidance: scale of classifier-free guidance towards them. A fine-tuned sampler has its own steps and levels,
-    and knows no guidance: giving them raises ValueError.
+    particular. guidance: scale of classifier-free guidance towards them. A fine-tuned sampler has its own levels, in its own
+    number of steps unless told otherwise, and knows no guidance: giving these raises ValueError.
     """
     if guidance is not None and not labels:
         raise ValueError("--guidance needs a --label to guide towards")
     chosen: Denoiser | Sampler
     if models.is_sampler(model):
         chosen, _ = models.load_sampler(model, device)
-        times, form, solver = chosen.times.cpu(), shape_of(chosen.denoiser, shape), solver or ""
-        if steps not in (None, chosen.steps) or schedule_name or solver or guidance is not None:
+        if schedule_name or solver or guidance is not None:
             raise ValueError(
-                f"{model} was fine-tuned for {chosen.steps} steps on its own levels, without guidance; leave --steps, "
-                "--schedule, --solver and --guidance out"
+                f"{model} was fine-tuned on its own levels, without guidance; leave --schedule, --solver and --guidance out"
             )
+        if steps not in (None, chosen.steps):
+            chosen = in_steps(chosen, steps)
+        times, form, solver = chosen.times.cpu(), shape_of(chosen.denoiser, shape), ""
     else:
         chosen, solver = models.load_denoiser(model, device), solver or "euler"
         times = find_schedule(schedule_name or "karras", chosen).times(chosen.path, steps or 10)

@@ -4,7 +4,8 @@
 
 std0 is ancestral sampling's, so an untrained Sampler *is* the ancestral sampler; std is learned from there, apart from the
 mean, except in the last step (to exact data), where it is fixed.
-Ancestral noise is right if x0 is known; `posterior_std` gives what few, long steps need, where it is not.
+Ancestral noise is right if x0 is known; `posterior_std` gives what few, long steps need, where it is not. What it adds depends
+on the level that a step starts from alone, so that `in_steps` can take a sampler of N steps to any other number of them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.path import Path, broadcast
+from fewstep.schedule import Schedule, bend
 from fewstep.solvers import ancestral_std, require_times
 
 
@@ -158,3 +161,25 @@ def posterior_std(sampler: Sampler, data: Tensor, noise: Tensor, cond: Cond = No
         error = ((sampler.denoiser(x, t, cond) - data) ** 2).double().mean().cpu()
         found.append(torch.sqrt(known[i] ** 2 + sampler.of_x0[i].cpu() ** 2 * error))
     return torch.stack(found) if found else known[:0]
+
+
+def in_steps(sampler: Sampler, steps: int) -> Sampler:
+    """The same network in another number of steps: levels on the curve through its own, step noises from the same levels.
+
+    What a step's variance has beyond ancestral sampling's is of_x0^2 times the error of x0 at the level it starts from
+    (`posterior_std`). That error, which the learned noise implies, is interpolated over the levels in units of
+    sigma^2/(alpha^2 + sigma^2), which it has where the data are N(0, I), so that both ends are right.
+    """
+    path, angles = sampler.path, sampler.path.angle(sampler.times.cpu())
+    last = min(float(angles[-2]) / 2, float(torch.atan(torch.tensor(path.sigma_min))))
+    knots = torch.cat([angles[:-1], angles.new_tensor([last])])
+    curve = Schedule(torch.linspace(0, 1, len(knots), dtype=torch.float64), knots, to_data=True)
+    other = Sampler(sampler.denoiser, curve.times(path, steps), float(sampler.last_std)).to(sampler.log_std.device)
+    if min(steps, sampler.steps) > 1:
+        known, new = (ancestral_std(path, s.times[:-2].cpu(), s.times[1:-1].cpu()) for s in (sampler, other))
+        excess = (sampler.std().detach().cpu()[:-1] ** 2 - known**2) / sampler.of_x0.cpu()[:-1] ** 2
+        at, where = angles[:-2].flip(0), path.angle(other.times.cpu()[:-2])
+        error = torch.from_numpy(np.interp(bend(where), bend(at), excess.flip(0) / at.sin() ** 2)) * where.sin() ** 2
+        variance = (new**2 + other.of_x0.cpu()[:-1] ** 2 * error).clamp(min=0.01 * new**2)
+        other.log_std.data.copy_(variance.log() / 2)
+    return other

@@ -1,0 +1,146 @@
+"""What do the parts of the fine-tuning give?   8 x 8 digits, one part taken away or changed at a time.
+
+    fewstep train --data digits --out RUN
+    python benchmarks/ablations.py RUN             two seeds; writes benchmarks/ablations.json
+    python benchmarks/ablations.py RUN --quick     in miniature, into --rows; says nothing but that it runs
+
+Every fine-tuning is on Karras' levels with the default configuration but for what its row says. Each is judged by 2,000
+samples: Frechet distance in pixels and sliced Wasserstein distance to all training data, precision and recall; its energy by
+the AUROC of held-out digits against uniform noise and against its own samples. Of the default, two more things are judged
+that need no training: value guidance, and other numbers of steps (`fewstep sample --steps`). Finished rows are kept in --rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep import models
+from fewstep.commands import generate
+from fewstep.config import FinetuneConfig
+from fewstep.data import Data, load_data
+from fewstep.denoiser import Denoiser
+from fewstep.dxmi import FinetuneState, finetune, make_state
+from fewstep.metrics import auroc, frechet_distance, precision_recall, sliced_wasserstein
+from fewstep.run import read_lines, write_json
+from fewstep.sampler import Sampler, in_steps
+from fewstep.schedule import karras
+from schedules import append
+from tables import ablations
+
+HERE = Path(__file__).parent
+PUBLISHED = {"density_iterations": 0, "velocity_decay": 0.99}
+TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
+    "default": (4, {}),
+    "tau 0": (4, {"tau": 0.0}),
+    "published objective, a value per step": (4, PUBLISHED),
+    "published objective, shared value, sigmoid time cost": (4, PUBLISHED | {"value": "shared", "time_cost": "sigmoid"}),
+    "published objective, shared value, linear time cost": (4, PUBLISHED | {"value": "shared", "time_cost": "linear"}),
+    "published objective, shared value, no time cost": (4, PUBLISHED | {"value": "shared", "time_cost": "none"}),
+    "2 steps": (2, {}),
+    "1 step": (1, {}),
+}
+GUIDANCE = (0.5, 2.0, 8.0)
+OTHER_STEPS = (1, 2, 3, 6, 8, 10)
+COUNT = 2000
+
+
+def drawn(sampler: Sampler, data: Data, count: int, seed: int) -> Tensor:
+    return generate(sampler, sampler.times, count, data.shape, "", 1000 + seed)[0]
+
+
+def guided(state: FinetuneState, data: Data, count: int, seed: int, guidance: float) -> Tensor:
+    sampler, g = state.averaged.module, torch.Generator().manual_seed(1000 + seed)
+    return sampler.sample(sampler.start(count, data.shape, g), g, None, state.averaged_value.module, guidance)
+
+
+def judge(x: Tensor, data: Data, energy: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    precision, recall = precision_recall(x.flatten(1), data.train.flatten(1))
+    found = {"fd": frechet_distance(x.flatten(1), data.train.flatten(1)), "precision": precision, "recall": recall}
+    found["sw"] = sliced_wasserstein(x, data.train, generator=torch.Generator().manual_seed(0))
+    if energy is not None:
+        noise = 2 * torch.rand(data.test.shape, generator=torch.Generator().manual_seed(1)) - 1
+        with torch.no_grad():
+            known = energy(data.test)
+            found |= {"auroc_noise": auroc(known, energy(noise)), "auroc_samples": auroc(known, energy(x))}
+    return {k: float(f"{v:.5g}") for k, v in found.items()}
+
+
+def learned(denoiser: Denoiser, data: Data, steps: int, config: FinetuneConfig) -> tuple[FinetuneState, float]:
+    times = karras(denoiser.path.sigma_min, denoiser.path.sigma_max).times(denoiser.path, steps)
+    began = time.process_time()
+    state = make_state(denoiser, times, config, data.shape)
+    for _ in finetune(state, data.train):
+        pass
+    return state, round(time.process_time() - began, 1)
+
+
+def run(model: str, file: Path, seeds: int, quick: bool) -> None:
+    data, denoiser, count = load_data("digits"), models.load_denoiser(model), 100 if quick else COUNT
+    for seed in range(seeds):
+        finished = {row["row"] for row in read_lines(file) if row["seed"] == seed}
+        for name, (steps, changed) in TRAINED.items():
+            if name in finished:
+                continue
+            config = FinetuneConfig(**changed, seed=seed)
+            if quick:
+                short = {k: min(10, getattr(config, k)) for k in ("iterations", "density_iterations")}
+                config = dataclasses.replace(config, **short)
+            state, seconds = learned(denoiser, data, steps, config)
+            sampler, value = state.averaged.module, state.averaged_value.module
+            start = drawn(make_state(denoiser, sampler.times, config, data.shape).sampler, data, count, seed)
+
+            def keep(row: str, steps: int, found: dict, seed: int = seed) -> None:
+                append(file, {"row": row, "seed": seed, "steps": steps} | found)
+                print(f"{row}, seed {seed}: {found}", flush=True)
+
+            if name == "default":  # its own row is the last, so that a killed command leaves none of them out
+                keep("start", steps, judge(start, data))
+                for scale in GUIDANCE:
+                    keep(f"guidance {scale:g}", steps, judge(guided(state, data, count, seed, scale), data))
+                for n in OTHER_STEPS:
+                    other = in_steps(sampler, n)
+                    keep(f"used in {n} steps", n, judge(drawn(other, data, count, seed), data))
+                    plain = Sampler(denoiser, other.times)
+                    keep(f"start in {n} steps", n, judge(drawn(plain, data, count, seed), data))
+            x = drawn(sampler, data, count, seed)
+            keep(name, steps, judge(x, data, value.energy) | {"cpu_seconds": seconds, "rolled_back": state.rolled_back})
+
+
+def document(file: Path) -> dict:
+    rows = {(row["row"], row["seed"]): row for row in read_lines(file)}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "samples": COUNT,
+        "changed": {name: changed for name, (_, changed) in TRAINED.items()},
+        "rows": list(rows.values()),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="RUN", help="folder of `fewstep train --data digits`")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a check that everything runs")
+    parser.add_argument("--rows", type=Path, help="the file of finished rows; default runs/ablations.jsonl")
+    args = parser.parse_args()
+    file = args.rows or HERE.parent / "runs" / ("ablations_quick.jsonl" if args.quick else "ablations.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    run(args.model, file, args.seeds, args.quick)
+    result = document(file)
+    write_json(file.with_suffix(".json") if args.quick else Path(__file__).with_suffix(".json"), result)
+    print(ablations(result))
+
+
+if __name__ == "__main__":
+    main()
