@@ -188,3 +188,27 @@ def test_a_fingerprint_tells_values_and_takes_every_precision():
     other = [*one[:1], torch.tensor(2.5, dtype=torch.bfloat16), *one[2:]]
     assert run.fingerprint(one) == run.fingerprint([t.clone() for t in one])
     assert run.fingerprint(one) != run.fingerprint(other)
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds_after_a_kill_as_well(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    make, loop = states()["finetune"]
+    folder = run.open_run(tmp_path / "run", "finetune", {})
+    for stop in (47, None):
+        state = make()
+        run.resume(folder, state)
+        for _ in run.record(folder, state, loop(state), log_every=10, save_every=20, tensorboard=True):
+            if state.step == stop:
+                break
+    rows, board = run.read_lines(folder / "metrics.jsonl"), accumulator.EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert "energy_gap" in board.Tags()["scalars"]
+    for name in board.Tags()["scalars"]:
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
+        assert [(event.step, event.value) for event in board.Scalars(name)] == expected, name
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'fewstep\[tensorboard\]'"):
+        run.summary_writer(tmp_path, 0)

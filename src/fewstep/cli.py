@@ -35,6 +35,7 @@ Target = Literal["diffusers", "k-diffusion", "comfyui", "comfyui-node", "a1111",
 
 Model = Annotated[str, Parameter(help="A folder of `fewstep train`, a diffusers folder or hub id, or file.py:function.")]
 Out = Annotated[File, Parameter(help="The run folder to make, or to continue.")]
+TensorBoard = Annotated[bool, Parameter(help="Log to OUT/tensorboard as well.", negative=())]
 ScheduleName = Annotated[
     str, Parameter(help="karras, log_linear, kl_optimal, linear, cosine, a schedule file, or a folder of `fewstep schedule`.")
 ]
@@ -68,6 +69,7 @@ def train(
     *,
     source: Annotated[Source, Flat],
     out: Out,
+    tensorboard: TensorBoard = False,
     machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[TrainConfig, Flat] = TrainConfig(),
 ) -> None:
@@ -76,7 +78,7 @@ def train(
     from fewstep import commands
     from fewstep.show import show as show_folder
 
-    folder = commands.train(source, out, config, device, track)
+    folder = commands.train(source, out, config, device, track, tensorboard)
     show_folder(folder)
     print(f"The model is in {folder}; next: fewstep schedule --model {folder} --data {source.data} --out SCHEDULE")
 
@@ -138,6 +140,7 @@ def finetune(
         Parameter(help="file.py:function from samples to numbers, higher = better, or a folder of `fewstep prefer`."),
     ] = None,
     reward_weight: Annotated[float, Parameter(help="The aim is p(x) exp(weight reward).")] = 1.0,
+    tensorboard: TensorBoard = False,
     machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[FinetuneConfig, Flat] = FinetuneConfig(),
 ) -> None:
@@ -153,7 +156,9 @@ def finetune(
     from fewstep.show import show as show_folder
 
     bar = track if processes.index == 0 else commands.silent
-    folder = commands.finetune(model, source, out, steps, config, schedule, device, bar, reward, reward_weight, processes)
+    folder = commands.finetune(
+        model, source, out, steps, config, schedule, device, bar, reward, reward_weight, processes, tensorboard
+    )
     if processes.index > 0:
         return
     show_folder(folder)

@@ -61,7 +61,14 @@ def model_settings(model: str, denoiser: Denoiser, out: File) -> dict[str, Any]:
     return {"model": name, "model_is_local": local, "model_fingerprint": fingerprint(denoiser.state_dict().values())}
 
 
-def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", track: Track = silent) -> File:
+def train(
+    source: Source,
+    out: File,
+    config: TrainConfig,
+    device: str = "cpu",
+    track: Track = silent,
+    tensorboard: bool = False,
+) -> File:
     """Train a diffusion model into the folder `out`; continues where a killed run stood."""
     data = load(source)
     spread = float(data.train.std())
@@ -80,7 +87,7 @@ def train(source: Source, out: File, config: TrainConfig, device: str = "cpu", t
     state = TrainState(data.shape, config, device, classes)
     folder = open_run(out, "train", settings)
     resume(folder, state)
-    loop = record(folder, state, train_loop(state, data.train.to(device), labels))
+    loop = record(folder, state, train_loop(state, data.train.to(device), labels), tensorboard=tensorboard)
     for _ in track(loop, config.iterations - state.step, "training"):
         pass
     if state.schedule is not None:  # before the weights, which tell that the run has finished
@@ -102,6 +109,7 @@ def finetune(
     reward: str | None = None,
     reward_weight: float = 1.0,
     processes: Processes = ALONE,
+    tensorboard: bool = False,
 ) -> File:
     """Fine-tune a sampler of `steps` evaluations and its energy into the folder `out`; continues where a killed run stood.
 
@@ -130,7 +138,7 @@ def finetune(
     resume(out, state, processes.index == 0)
     loop = finetune_loop(state, goal, Goal(data.test.to(device), test_labels), processes)
     if processes.index == 0:
-        loop = record(out, state, loop)
+        loop = record(out, state, loop, tensorboard=tensorboard)
     for _ in track(loop, state.total - state.step, f"fine-tuning {steps} steps"):
         pass
     if processes.index == 0:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path as File
 from typing import Any, Protocol
 
@@ -127,18 +128,29 @@ def resume(folder: File, state: Resumable, writes: bool = True) -> None:
 
 
 def record(
-    folder: File, state: Resumable, metrics: Iterable[dict[str, float]], log_every: int = 20, save_every: int = 100
+    folder: File,
+    state: Resumable,
+    metrics: Iterable[dict[str, float]],
+    log_every: int = 20,
+    save_every: int = 100,
+    tensorboard: bool = False,
 ) -> Iterator[dict[str, float]]:
     """Pass a training loop's metrics on, logging means over `log_every` iterations and saving every `save_every`.
 
-    The last iteration is saved. What was logged since the last save is dropped by `resume`, and made again.
+    The last iteration is saved. What was logged since the last save is dropped by `resume`, and made again. tensorboard: the
+    same numbers into folder/tensorboard as well. Raises ValueError where that is not installed.
     """
     window: dict[str, list[float]] = {}
-    with open(folder / "metrics.jsonl", "a") as log:
+    board = summary_writer(folder / "tensorboard", state.step) if tensorboard else nullcontext()
+    with open(folder / "metrics.jsonl", "a") as log, board as scalars:
 
         def write() -> None:
-            log.write(json.dumps({"step": state.step} | {k: sum(v) / len(v) for k, v in window.items()}) + "\n")
+            row = {k: sum(v) / len(v) for k, v in window.items()}
+            log.write(json.dumps({"step": state.step} | row) + "\n")
             log.flush()
+            if scalars is not None:
+                for name, value in row.items():
+                    scalars.add_scalar(name, value, state.step)
             window.clear()
 
         for now in metrics:
@@ -152,6 +164,15 @@ def record(
         if window:
             write()
     save_tree(folder / CHECKPOINT, state.state_dict())
+
+
+def summary_writer(folder: File, step: int) -> Any:
+    """TensorBoard's writer, which drops what it was told after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs TensorBoard: pip install 'fewstep[tensorboard]'") from error
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def save_tree(file: File, tree: dict[str, Any]) -> None:
