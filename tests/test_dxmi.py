@@ -311,6 +311,31 @@ def test_collapse_and_divergence_are_seen(metrics, std, first, wrong):
     assert found is None if wrong is None else wrong in found
 
 
+@pytest.mark.parametrize("lr", [1e-2, 1e-3])
+def test_the_trust_region_finds_the_rate_at_which_an_iteration_moves_the_policy_by_trust(lr):
+    state, g = state_of(iterations=1000, batch_size=64, density_iterations=0, lr=lr, trust=1e-4), torch.Generator()
+    data = ring().sample(500, g.manual_seed(0))
+    for _ in finetune(state, data):
+        if state.step == 301:
+            break
+    i, moves = torch.arange(3).repeat_interleave(64), []
+    for _ in range(9):  # none of which looks at the pace
+        x = state.sampler.rollout(state.sampler.start(64, (2,), g), g)[:-1].flatten(0, 1)
+        before = state.sampler.step(x, i)
+        dxmi.iterate(state, Goal(data))
+        moves.append(dxmi.moved(state, before, x, i, None))
+    assert state.rolled_back == 0
+    assert 0.5e-4 < sum(moves) / len(moves) < 2e-4
+
+
+def test_a_rate_that_moves_the_policy_little_is_left_alone():
+    state = state_of(iterations=1000, density_iterations=0, lr=1e-6, trust=1e-3)
+    for _ in finetune(state, ring().sample(500, torch.Generator().manual_seed(0))):
+        if state.step == 50:
+            break
+    assert state.pace == 1.0
+
+
 def test_the_best_state_is_the_one_closest_to_the_held_out_data():
     state = state_of(iterations=500, density_iterations=2, lr=3e-3)
     data = ring().sample(500, torch.Generator().manual_seed(0))

@@ -157,7 +157,10 @@ class FinetuneConfig:
     batch_size: Count = 128
     """Rollouts, and data, per iteration."""
     lr: Positive = 1e-4
-    """Adam's rate for the sampler's network. These rates fall linearly over the second half."""
+    """Adam's rate for the sampler's network, at most. These rates fall linearly over the second half."""
+    trust: Positive = 1e-3
+    """How far an iteration may move the means of the sampler's steps: mean square per dimension, over the variance of their
+    noise; lr is lowered where it moves them farther."""
     lr_std: Positive = 3e-4
     """Adam's rate for the log of the step noises."""
     lr_value: Positive = 1e-4

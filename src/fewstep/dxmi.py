@@ -43,12 +43,13 @@ from fewstep.goal import Goal, condition, make_goal
 from fewstep.metrics import sliced_wasserstein
 from fewstep.path import broadcast
 from fewstep.processes import ALONE, Processes
-from fewstep.sampler import Sampler, posterior_std
+from fewstep.sampler import Sampler, Transition, posterior_std
 from fewstep.training import averaged
 
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
 LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
 ROLL_BACKS = 5
+FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
 
 
@@ -56,7 +57,8 @@ class FinetuneState:
     """All that the next iteration needs. `averaged.module` is the sampler to use, `averaged_value.module` its energy.
 
     step counts the density's iterations first, then the sampler's. rate: share of the learning rates that is left after
-    roll-backs. best: weights of the averaged sampler and value with the least `held_out_sw`, where data are held out.
+    roll-backs; pace: share of the sampler's that the trust region leaves. best: weights of the averaged sampler and value with
+    the least `held_out_sw`, where data are held out.
     """
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig):
@@ -80,7 +82,7 @@ class FinetuneState:
         self.value_optimiser = torch.optim.Adam(value.critic_parameters(), lr=config.lr_value, betas=betas, fused=True)
         self.density_optimiser = torch.optim.Adam([{"params": value.density_parameters()}], lr=config.lr_density, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.step, self.rate, self.rolled_back = 0, 1.0, 0
+        self.step, self.rate, self.pace, self.rolled_back = 0, 1.0, FIRST_PACE, 0
         self.best: dict[str, Any] = {}
         self.first_std = sampler.std().detach()[:-1].clone()
         self.first_spread = 0.0  # of the first samples, in the data's standard deviations; a start may be far off
@@ -94,6 +96,12 @@ class FinetuneState:
     @property
     def total(self) -> int:
         return self.config.density_iterations + self.config.iterations
+
+    @property
+    def left(self) -> float:
+        """The share of the learning rates that roll-backs and the fall over the second half leave, after the density."""
+        done = (self.step - self.config.density_iterations) / self.config.iterations
+        return self.rate * min(1.0, 2 * (1 - done))
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -117,14 +125,15 @@ class FinetuneState:
         self.back_variance = learned["back_variance"].to(self.back_variance).clone()
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
+        own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate, "pace": self.pace}
         first = {"first_std": self.first_std, "first_spread": self.first_spread}
         return self.learned() | own | first | {"rolled_back": self.rolled_back, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restore(state)
         self.generator.set_state(state["generator"])
-        self.step, self.rate, self.rolled_back = state["step"], state["rate"], state["rolled_back"]
+        self.step, self.rate, self.pace = state["step"], state["rate"], state["pace"]
+        self.rolled_back = state["rolled_back"]
         self.best, self.first_std = state["best"], state["first_std"].to(self.first_std)
         self.first_spread = state["first_spread"]
 
@@ -211,7 +220,26 @@ def sampler_step(
     norm = take_step(state.sampler_optimiser, steps * (to_go + cost), processes, state.config.clip)
     state.value.requires_grad_(True)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
-    return found | {"gradient_norm": norm}
+    if state.step % PACE_EVERY == 0:
+        keep_pace(state, processes.mean({"moved": moved(state, law, x, i, every)})["moved"])
+    return found | {"gradient_norm": norm, "pace": state.pace}
+
+
+@torch.no_grad()
+def moved(state: FinetuneState, law: Transition, x: Tensor, i: Tensor, cond: Cond) -> float:
+    """How far the last step of the optimiser moved the means of these transitions: mean square per dimension, in units of
+    their variance, which is twice the divergence of the two policies in nats per dimension; a step without noise counts in
+    units of the path's cleanest level."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
+        now = state.sampler.step(x, i, cond).mean
+    std = torch.where(state.noisy[i], law.std, state.sampler.levels()[1].to(law.std)[i + 1])
+    return float((((now - law.mean) ** 2).flatten(1).mean(1) / std**2).mean())
+
+
+def keep_pace(state: FinetuneState, found: float) -> None:
+    """Bring the sampler's rate to where an iteration moves its policy by config.trust, or to the full rate below that."""
+    allowed = state.config.trust * state.left**2
+    state.pace = min(1.0, state.pace * min(2.0, math.sqrt(allowed / found) if found > 0 else 2.0))
 
 
 def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Processes, clip: float = float("inf")) -> float:
@@ -269,10 +297,9 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
         reach = processes.share(torch.linspace(0, 1, config.batch_size)).to(data)
         return density_step(state, data, noise, reach, cond, processes)
 
-    left = state.rate * min(1.0, 2 * (1 - (state.step - config.density_iterations) / config.iterations))
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
-    for group, lr in zip(groups, (config.lr, config.lr_std, config.lr_value), strict=True):
-        group["lr"] = lr * left
+    for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, config.lr_value), strict=True):
+        group["lr"] = lr * state.left
     start = float(sampler.path.sigma(sampler.times[0].cpu())) * noise[0]
     with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
         states = sampler.rollout(start, cond=cond, noise=noise[1 : steps + 1])
