@@ -62,8 +62,8 @@ SHOWN = 32  # samples in a picture, of seed 0
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
 FINETUNE = {
     "digits": FinetuneConfig(),
-    "mnist_slim": FinetuneConfig(iterations=200, density_iterations=600, batch_size=64),
-    "fashion": FinetuneConfig(iterations=200, density_iterations=600, batch_size=64),
+    "mnist_slim": FinetuneConfig(iterations=300, density_iterations=600, batch_size=32),
+    "fashion": FinetuneConfig(iterations=300, density_iterations=600, batch_size=32),
 }
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
 

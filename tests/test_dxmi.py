@@ -323,13 +323,13 @@ def test_the_trust_region_finds_the_rate_at_which_an_iteration_moves_the_policy_
         x = state.sampler.rollout(state.sampler.start(64, (2,), g), g)[:-1].flatten(0, 1)
         before = state.sampler.step(x, i)
         dxmi.iterate(state, Goal(data))
-        moves.append(dxmi.moved(state, before, x, i, None))
+        moves.append(dxmi.divergence(state, before, x, i, None))
     assert state.rolled_back == 0
     assert 0.5e-4 < sum(moves) / len(moves) < 2e-4
 
 
 def test_a_rate_that_moves_the_policy_little_is_left_alone():
-    state = state_of(iterations=1000, density_iterations=0, lr=1e-6, trust=1e-3)
+    state = state_of(iterations=1000, density_iterations=0, lr=1e-6)
     for _ in finetune(state, ring().sample(500, torch.Generator().manual_seed(0))):
         if state.step == 50:
             break

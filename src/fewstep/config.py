@@ -158,9 +158,9 @@ class FinetuneConfig:
     """Rollouts, and data, per iteration."""
     lr: Positive = 1e-4
     """Adam's rate for the sampler's network, at most. These rates fall linearly over the second half."""
-    trust: Positive = 1e-3
-    """How far an iteration may move the means of the sampler's steps: mean square per dimension, over the variance of their
-    noise; lr is lowered where it moves them farther."""
+    trust: Positive = 0.05
+    """How far an iteration may move the sampler's steps, as the divergence of the policy after it from the one before, in
+    nats; lr is lowered where it moves them farther (a trust region, as TRPO has)."""
     lr_std: Positive = 3e-4
     """Adam's rate for the log of the step noises."""
     lr_value: Positive = 1e-4

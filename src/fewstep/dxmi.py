@@ -221,25 +221,26 @@ def sampler_step(
     state.value.requires_grad_(True)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
     if state.step % PACE_EVERY == 0:
-        keep_pace(state, processes.mean({"moved": moved(state, law, x, i, every)})["moved"])
+        keep_pace(state, processes.mean({"kl": divergence(state, law, x, i, every)})["kl"])
     return found | {"gradient_norm": norm, "pace": state.pace}
 
 
 @torch.no_grad()
-def moved(state: FinetuneState, law: Transition, x: Tensor, i: Tensor, cond: Cond) -> float:
-    """How far the last step of the optimiser moved the means of these transitions: mean square per dimension, in units of
-    their variance, which is twice the divergence of the two policies in nats per dimension; a step without noise counts in
-    units of the path's cleanest level."""
+def divergence(state: FinetuneState, law: Transition, x: Tensor, i: Tensor, cond: Cond) -> float:
+    """KL of the policy now from what it was, `law`, by their means: nats, summed over dimensions, mean over these transitions.
+
+    A step without noise counts as if it had that of the path's cleanest level.
+    """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
         now = state.sampler.step(x, i, cond).mean
     std = torch.where(state.noisy[i], law.std, state.sampler.levels()[1].to(law.std)[i + 1])
-    return float((((now - law.mean) ** 2).flatten(1).mean(1) / std**2).mean())
+    return float((((now - law.mean) ** 2).flatten(1).sum(1) / (2 * std**2)).mean())
 
 
 def keep_pace(state: FinetuneState, found: float) -> None:
-    """Bring the sampler's rate to where an iteration moves its policy by config.trust, or to the full rate below that."""
+    """Set the sampler's rate to where an iteration moves its policy by config.trust, or to the full rate below that."""
     allowed = state.config.trust * state.left**2
-    state.pace = min(1.0, state.pace * min(2.0, math.sqrt(allowed / found) if found > 0 else 2.0))
+    state.pace = min(1.0, state.pace * math.sqrt(allowed / found)) if found > 0 else 1.0
 
 
 def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Processes, clip: float = float("inf")) -> float:
