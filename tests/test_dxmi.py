@@ -328,6 +328,14 @@ def test_the_trust_region_finds_the_rate_at_which_an_iteration_moves_the_policy_
     assert 0.5e-4 < sum(moves) / len(moves) < 2e-4
 
 
+def test_a_gradient_of_the_noises_that_is_not_finite_takes_no_step():
+    state = state_of(density_iterations=0)
+    before = [p.detach().clone() for p in state.sampler.parameters()]
+    wild = state.sampler.log_std.sum() * math.inf + sum(p.sum() for p in state.sampler.denoiser.parameters())
+    dxmi.take_step(state.sampler_optimiser, wild, dxmi.ALONE)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.sampler.parameters(), strict=True))
+
+
 def test_a_rate_that_moves_the_policy_little_is_left_alone():
     state = state_of(iterations=1000, density_iterations=0, lr=1e-6)
     for _ in finetune(state, ring().sample(500, torch.Generator().manual_seed(0))):

@@ -248,10 +248,12 @@ def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Process
     optimiser.zero_grad()
     loss.backward()
     processes.average_gradients(optimiser)
-    norm = float(nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], clip))
-    if norm < float("inf"):
+    first, *others = optimiser.param_groups
+    norms = [nn.utils.clip_grad_norm_(first["params"], clip)]
+    norms += [nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None]) for group in others]
+    if all(float(norm) < float("inf") for norm in norms):
         optimiser.step()
-    return norm
+    return float(norms[0])
 
 
 def density_step(
