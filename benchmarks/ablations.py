@@ -37,9 +37,11 @@ from schedules import append
 from tables import ablations
 
 HERE = Path(__file__).parent
-PUBLISHED = {"density_iterations": 0, "velocity_decay": 0.99}
+FREE = {"trust": 1e9}
+PUBLISHED = {"density_iterations": 0, "velocity_decay": 0.99} | FREE
 TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (4, {}),
+    "no trust region": (4, FREE),
     "tau 0": (4, {"tau": 0.0}),
     "published objective, a value per step": (4, PUBLISHED),
     "published objective, shared value, sigmoid time cost": (4, PUBLISHED | {"value": "shared", "time_cost": "sigmoid"}),
@@ -96,23 +98,22 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
                 config = dataclasses.replace(config, **short)
             state, seconds = learned(denoiser, data, steps, config)
             sampler, value = state.averaged.module, state.averaged_value.module
-            start = drawn(make_state(denoiser, sampler.times, config, data.shape).sampler, data, count, seed)
 
             def keep(row: str, steps: int, found: dict, seed: int = seed) -> None:
                 append(file, {"row": row, "seed": seed, "steps": steps} | found)
                 print(f"{row}, seed {seed}: {found}", flush=True)
 
             if name == "default":  # its own row is the last, so that a killed command leaves none of them out
-                keep("start", steps, judge(start, data))
+                keep("ancestral", steps, judge(drawn(Sampler(denoiser, sampler.times), data, count, seed), data))
                 for scale in GUIDANCE:
                     keep(f"guidance {scale:g}", steps, judge(guided(state, data, count, seed, scale), data))
                 for n in OTHER_STEPS:
                     other = in_steps(sampler, n)
                     keep(f"used in {n} steps", n, judge(drawn(other, data, count, seed), data))
                     plain = Sampler(denoiser, other.times)
-                    keep(f"start in {n} steps", n, judge(drawn(plain, data, count, seed), data))
+                    keep(f"ancestral in {n} steps", n, judge(drawn(plain, data, count, seed), data))
             x = drawn(sampler, data, count, seed)
-            keep(name, steps, judge(x, data, value.energy) | {"cpu_seconds": seconds, "rolled_back": state.rolled_back})
+            keep(name, steps, judge(x, data, value.energy) | {"cpu_seconds": seconds, "pace": state.pace})
 
 
 def document(file: Path) -> dict:

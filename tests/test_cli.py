@@ -56,6 +56,7 @@ def test_the_way_from_data_to_samples(trained, tmp_path, monkeypatch):
         assert x.shape == (30, 2)
         assert np.isfinite(x).all()
         assert (tmp_path / name / "samples.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "c" / "config.json").read_text())["config"]["times"]) == 4
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +306,7 @@ def bad_inputs(root, tmp):
     (tmp / "other" / "config.json").write_text("{}")
     model, points, out = root / "model", root / "points.npy", tmp / "out"
     evaluate = ("evaluate", "--model", model, "--data", points, "--out", out)
+    sampler = ("sample", "--model", root / "sampler", "--out", out)
     finetune = ("finetune", "--model", model, "--data", points, "--out", out)
     train = ("train", "--out", out, "--data")
     sample = ("sample", "--model", model, "--out", out)
@@ -347,7 +349,7 @@ def bad_inputs(root, tmp):
         "no such schedule": ((*sample, "--schedule", "karas"), "no schedule 'karas'"),
         "a schedule that is not monotone": ((*sample, "--schedule", tmp / "flat.json"), "strictly decrease"),
         "a truncated schedule": ((*sample, "--schedule", tmp / "cut.json"), "not JSON"),
-        "a sampler at other steps": (("sample", "--model", root / "sampler", "--steps", 5, "--out", out), "for 2 steps"),
+        "a sampler on other levels": ((*sampler, "--schedule", "karras"), "own levels"),
         "data of another shape": (("schedule", "--model", model, "--data", tmp / "wide.npy", "--out", out), "shape"),
         "fewer data than a batch": ((*finetune, "--batch-size", 10**6), "too few"),
         "nothing to evaluate": (("evaluate", "--data", points, "--out", out), "nothing to evaluate"),

@@ -198,6 +198,23 @@ def test_another_number_of_steps_takes_the_noises_along(path):
     assert twice.denoiser is sampler.denoiser
 
 
+@pytest.mark.parametrize("path", [VE(0.05, 20), VP(), Linear(0.05, 20)], ids=repr)
+def test_more_steps_stay_in_the_models_range_and_interpolate_the_error(path):
+    """Data that are not N(0, 1): between two levels the error, in units of the one of N(0, 1), lies between theirs."""
+    data, noise = torch.randn(2, 2000, 2, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(
+        OnPath(Mixture(torch.zeros(1, 2), 0.3), path), karras(path.sigma_min, min(path.sigma_max, 20)).times(path, 4)
+    )
+    sampler.log_std.data = posterior_std(sampler, 0.3 * data, noise).log().float()
+    more = in_steps(sampler, 7)
+    assert bool((path.ratio(more.times[:-1]) > 0.99 * path.sigma_min).all())
+    assert torch.allclose(more.times[[0, 2, 4, 6]], sampler.times[:4], rtol=1e-6)
+    exact = posterior_std(more, 0.3 * data, noise).float()
+    assert torch.allclose(more.std()[:-1][[0, 2, 4]], exact[[0, 2, 4]], rtol=1e-3)
+    assert torch.allclose(more.std()[:5], exact[:5], rtol=0.15)
+    assert torch.allclose(more.std()[5], exact[5], rtol=0.5)  # starts below the last level whose error is known
+
+
 def test_where_the_samples_are_the_data_the_energy_stays_at_the_density():
     """p = pi = q is a fixed point: the correction then stays at 0, where the published energy would have to be 0 as well."""
     state, g = fitted_density(300), torch.Generator().manual_seed(1)
@@ -332,8 +349,40 @@ def test_a_gradient_of_the_noises_that_is_not_finite_takes_no_step():
     state = state_of(density_iterations=0)
     before = [p.detach().clone() for p in state.sampler.parameters()]
     wild = state.sampler.log_std.sum() * math.inf + sum(p.sum() for p in state.sampler.denoiser.parameters())
-    dxmi.take_step(state.sampler_optimiser, wild, dxmi.ALONE)
+    assert not math.isfinite(dxmi.take_step(state.sampler_optimiser, wild, dxmi.ALONE))
     assert all(torch.equal(a, b) for a, b in zip(before, state.sampler.parameters(), strict=True))
+
+
+def test_the_pace_survives_an_iteration_that_failed_and_goes_back_with_the_weights():
+    state = state_of(density_iterations=0)
+    state.pace = 0.03
+    for found in (0.0, math.nan, math.inf):
+        dxmi.keep_pace(state, found)
+        assert state.pace == 0.03
+    good = state.learned()
+    state.pace = 1.0
+    state.restore(good)
+    assert state.pace == 0.03
+
+
+def test_a_deterministic_last_step_does_not_count_as_a_huge_move():
+    """The divergence is over the steps that have noise: the same with and without a last one of no noise."""
+    found = []
+    for last_std in (0.0, 0.1):
+        state, x, i = (
+            state_of(last_std=last_std),
+            torch.randn(6, 2, generator=torch.Generator().manual_seed(0)),
+            torch.arange(6) // 2,
+        )
+        with torch.no_grad():
+            before = state.sampler.step(x, i)
+            for p in state.sampler.denoiser.parameters():
+                p.add_(1e-3)
+        rows = i < 2
+        found.append(dxmi.divergence(state, dxmi.Transition(before.mean[rows], before.std[rows]), x[rows], i[rows], None))
+        if last_std == 0:
+            assert dxmi.divergence(state, before, x, i, None) == pytest.approx(found[0], rel=1e-6)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_a_rate_that_moves_the_policy_little_is_left_alone():

@@ -170,7 +170,7 @@ def sample(
     *,
     model: Annotated[str, Parameter(help="As for `schedule`, or a folder of `fewstep finetune`.")],
     out: Out,
-    steps: Annotated[Count | None, Parameter(help="Steps of the solver.")] = None,
+    steps: Annotated[Count | None, Parameter(help="Steps of the solver, or of the fine-tuned sampler, if not its own.")] = None,
     count: Count = 64,
     schedule: ScheduleName | None = None,
     solver: Solver | None = None,

@@ -232,7 +232,7 @@ def sample(
 
     labels: of a class-conditional model, dealt out in turn (and kept under y); without any, it samples from no class in
     particular. guidance: scale of classifier-free guidance towards them. A fine-tuned sampler has its own levels, in its own
-    number of steps unless told otherwise, and knows no guidance: giving these raises ValueError.
+    number of steps unless told otherwise, and knows no guidance; a schedule, solver or guidance for it raises ValueError.
     """
     if guidance is not None and not labels:
         raise ValueError("--guidance needs a --label to guide towards")

@@ -130,7 +130,7 @@ class PreferenceConfig:
     lr: Positive = 1e-3
     """Adam's rate."""
     width: Annotated[int, Field(ge=8)] = 64
-    """Hidden units up to 256 numbers per sample, channels of the last convolution for larger images."""
+    """Hidden units up to 256 numbers per sample; for larger images four times the channels after the first halving."""
     seed: int = 0
     """Seed of the pairs that are asked for, the weights, the folds and the batches."""
 
@@ -159,8 +159,8 @@ class FinetuneConfig:
     lr: Positive = 1e-4
     """Adam's rate for the sampler's network, at most. These rates fall linearly over the second half."""
     trust: Positive = 0.05
-    """How far an iteration may move the sampler's steps, as the divergence of the policy after it from the one before, in
-    nats; lr is lowered where it moves them farther (a trust region, as TRPO has)."""
+    """How far an iteration may move the means of the sampler's steps, as a divergence of the policy after it from the one
+    before, in nats; lr is lowered where it moves them farther (a trust region, as TRPO has). It falls with the rates."""
     lr_std: Positive = 3e-4
     """Adam's rate for the log of the step noises."""
     lr_value: Positive = 1e-4

@@ -15,7 +15,7 @@ First A, from the data alone (`density_loss`). Then, per iteration, on one batch
 The paper has no A. Its energy, held to 0 by gamma, has the optimum (pi - p)/(2 gamma (pi + p)), which is 0 where pi = p:
 then nothing but entropy is left to follow, and the sampler spreads too far. Here gamma holds E to tau A instead, so that
 p = pi = q is a fixed point: C = 0, E = tau A, and exp(-A) is the density (docs/guide.md). A costs `density_iterations`;
-with none, all is the paper's.
+with none, all is the paper's. The sampler's rate is what moves its policy by `trust` nats an iteration (`keep_pace`).
 
 c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper takes
 k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not charge for
@@ -117,23 +117,24 @@ class FinetuneState:
 
     def learned(self) -> dict[str, Any]:
         """What a roll-back restores."""
-        return {name: part.state_dict() for name, part in self._parts.items()} | {"back_variance": self.back_variance}
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return parts | {"back_variance": self.back_variance, "pace": self.pace}
 
     def restore(self, learned: dict[str, Any]) -> None:
         for name, part in self._parts.items():
             part.load_state_dict(learned[name])
         self.back_variance = learned["back_variance"].to(self.back_variance).clone()
+        self.pace = learned["pace"]
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate, "pace": self.pace}
+        own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
         first = {"first_std": self.first_std, "first_spread": self.first_spread}
         return self.learned() | own | first | {"rolled_back": self.rolled_back, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restore(state)
         self.generator.set_state(state["generator"])
-        self.step, self.rate, self.pace = state["step"], state["rate"], state["pace"]
-        self.rolled_back = state["rolled_back"]
+        self.step, self.rate, self.rolled_back = state["step"], state["rate"], state["rolled_back"]
         self.best, self.first_std = state["best"], state["first_std"].to(self.first_std)
         self.first_spread = state["first_spread"]
 
@@ -211,8 +212,12 @@ def sampler_step(
     """One step of the sampler on states and noise (N, b, *d): expected value of the next state plus running cost."""
     steps, b = x.shape[:2]
     i, x, every = torch.arange(steps, device=x.device).repeat_interleave(b), x.flatten(0, 1), repeated(cond, steps)
+    before = None
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
         law = state.sampler.step(x, i, every)
+    if state.step % PACE_EVERY == 0:  # in full precision: an iteration moves the steps by less than bfloat16 resolves
+        with torch.no_grad():
+            before = state.sampler.step(x, i, every) if state.config.bf16 else law
     x_next = law.at(noise.flatten(0, 1))
     state.value.requires_grad_(False)
     to_go = state.value(x_next, i + 1, every).mean() + torch.as_tensor(reward_cost(state, goal, x_next[-b:])).mean() / steps
@@ -220,40 +225,44 @@ def sampler_step(
     norm = take_step(state.sampler_optimiser, steps * (to_go + cost), processes, state.config.clip)
     state.value.requires_grad_(True)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
-    if state.step % PACE_EVERY == 0:
-        keep_pace(state, processes.mean({"kl": divergence(state, law, x, i, every)})["kl"])
+    if before is not None:
+        keep_pace(state, processes.mean({"kl": divergence(state, before, x, i, every)})["kl"])
     return found | {"gradient_norm": norm, "pace": state.pace}
 
 
 @torch.no_grad()
-def divergence(state: FinetuneState, law: Transition, x: Tensor, i: Tensor, cond: Cond) -> float:
-    """KL of the policy now from what it was, `law`, by their means: nats, summed over dimensions, mean over these transitions.
+def divergence(state: FinetuneState, before: Transition, x: Tensor, i: Tensor, cond: Cond) -> float:
+    """KL of the policy now from what it was before, by their means: nats, summed over dimensions, mean over transitions.
 
-    A step without noise counts as if it had that of the path's cleanest level.
+    Those that have noise, that is; where none has (one step, last_std 0), as if they had a noise of .1.
     """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
-        now = state.sampler.step(x, i, cond).mean
-    std = torch.where(state.noisy[i], law.std, state.sampler.levels()[1].to(law.std)[i + 1])
-    return float((((now - law.mean) ** 2).flatten(1).sum(1) / (2 * std**2)).mean())
+    squared = ((state.sampler.step(x, i, cond).mean - before.mean) ** 2).flatten(1).sum(1)
+    noisy = state.noisy[i]
+    return float((squared[noisy] / (2 * before.std[noisy] ** 2)).mean() if bool(noisy.any()) else squared.mean() / 0.02)
 
 
 def keep_pace(state: FinetuneState, found: float) -> None:
-    """Set the sampler's rate to where an iteration moves its policy by config.trust, or to the full rate below that."""
-    allowed = state.config.trust * state.left**2
-    state.pace = min(1.0, state.pace * math.sqrt(allowed / found)) if found > 0 else 1.0
+    """Set the sampler's rate to where an iteration moves its policy by config.trust, or to the full rate below that.
+
+    trust falls with the rates. Nothing is learned from an iteration that failed.
+    """
+    if 0 < found < math.inf:
+        state.pace = min(1.0, state.pace * math.sqrt(state.config.trust * state.left**2 / found))
 
 
 def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Processes, clip: float = float("inf")) -> float:
-    """A gradient step, if the gradient is finite. Returns the norm of the first group's gradient, before clipping to `clip`."""
+    """A gradient step, if the gradient is finite. Returns the norm of the first group's gradient, before clipping to `clip`, or
+    whichever norm is not finite."""
     optimiser.zero_grad()
     loss.backward()
     processes.average_gradients(optimiser)
     first, *others = optimiser.param_groups
-    norms = [nn.utils.clip_grad_norm_(first["params"], clip)]
-    norms += [nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None]) for group in others]
-    if all(float(norm) < float("inf") for norm in norms):
+    norms = [float(nn.utils.clip_grad_norm_(first["params"], clip))]
+    norms += [float(nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])) for group in others]
+    wild = [norm for norm in norms if not norm < float("inf")]
+    if not wild:
         optimiser.step()
-    return float(norms[0])
+    return wild[0] if wild else norms[0]
 
 
 def density_step(

@@ -200,10 +200,10 @@ class ScalarConv(nn.Module):
 
 
 def scalar_net(shape: tuple[int, ...], condition: int, width: int | None = None) -> ScalarMLP | ScalarConv:
-    """An MLP up to 256 numbers per sample and for vectors, convolutions for larger images.
+    """An MLP up to 256 numbers per sample and for vectors, convolutions for larger images of at least 4 x 4.
 
     width: hidden units of the MLP (128), or channels after the first halving (32).
     """
-    convolutional = len(shape) == 3 and math.prod(shape) > MLP_UP_TO
+    convolutional = len(shape) == 3 and min(shape[1:]) >= 4 and math.prod(shape) > MLP_UP_TO
     given = () if width is None else (width,)
     return ScalarConv(shape, condition, *given) if convolutional else ScalarMLP(shape, condition, *given)

@@ -58,7 +58,7 @@ class Preference(nn.Module):
 
 
 def _network(shape: tuple[int, ...], width: int) -> nn.Module:
-    """(b, *shape) -> (b,): an MLP up to 256 numbers, else convolutions of a quarter of the width at full resolution."""
+    """(b, *shape) -> (b,): an MLP up to 256 numbers, else convolutions, of a quarter of the width after the first halving."""
     if math.prod(shape) <= MLP_UP_TO:
         return scalar_net(shape, 1, width)
     if len(shape) != 3:

@@ -151,6 +151,7 @@ def record(
             if scalars is not None:
                 for name, value in row.items():
                     scalars.add_scalar(name, value, state.step)
+                scalars.flush()
             window.clear()
 
         for now in metrics:

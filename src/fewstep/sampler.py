@@ -4,8 +4,8 @@
 
 std0 is ancestral sampling's, so an untrained Sampler *is* the ancestral sampler; std is learned from there, apart from the
 mean, except in the last step (to exact data), where it is fixed.
-Ancestral noise is right if x0 is known; `posterior_std` gives what few, long steps need, where it is not. What it adds depends
-on the level that a step starts from alone, so that `in_steps` can take a sampler of N steps to any other number of them.
+Ancestral noise is right if x0 is known; `posterior_std` gives what few, long steps need, where it is not. The error of x0 that
+it adds depends on the level that a step starts from alone, so that `in_steps` can take a sampler to another number of steps.
 """
 
 from __future__ import annotations
@@ -168,12 +168,18 @@ def in_steps(sampler: Sampler, steps: int) -> Sampler:
 
     What a step's variance has beyond ancestral sampling's is of_x0^2 times the error of x0 at the level it starts from
     (`posterior_std`). That error, which the learned noise implies, is interpolated over the levels in units of
-    sigma^2/(alpha^2 + sigma^2), which it has where the data are N(0, I), so that both ends are right.
+    sigma^2/(alpha^2 + sigma^2), which it has where the data are N(0, I), so that both ends are right. A sampler of one step
+    implies none: its other steps' noise is ancestral.
+
+    The curve goes on to the path's cleanest level and is read to data, except where it ends there already (named schedules):
+    more steps are then read as those are, or some would go below it.
     """
     path, angles = sampler.path, sampler.path.angle(sampler.times.cpu())
-    last = min(float(angles[-2]) / 2, float(torch.atan(torch.tensor(path.sigma_min))))
-    knots = torch.cat([angles[:-1], angles.new_tensor([last])])
-    curve = Schedule(torch.linspace(0, 1, len(knots), dtype=torch.float64), knots, to_data=True)
+    cleanest, knots = float(torch.atan(torch.tensor(path.sigma_min))), angles[:-1]
+    to_data = steps < sampler.steps or sampler.steps == 1 or float(knots[-1]) > 1.01 * cleanest
+    if to_data:
+        knots = torch.cat([knots, knots.new_tensor([min(float(knots[-1]) / 2, cleanest)])])
+    curve = Schedule(torch.linspace(0, 1, len(knots), dtype=torch.float64), knots, to_data=to_data)
     other = Sampler(sampler.denoiser, curve.times(path, steps), float(sampler.last_std)).to(sampler.log_std.device)
     if min(steps, sampler.steps) > 1:
         known, new = (ancestral_std(path, s.times[:-2].cpu(), s.times[1:-1].cpu()) for s in (sampler, other))
