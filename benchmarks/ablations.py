@@ -96,7 +96,12 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
             if quick:
                 short = {k: min(10, getattr(config, k)) for k in ("iterations", "density_iterations")}
                 config = dataclasses.replace(config, **short)
-            state, seconds = learned(denoiser, data, steps, config)
+            try:
+                state, seconds = learned(denoiser, data, steps, config)
+            except ValueError as error:  # not finite, collapsed or diverged, after all roll-backs
+                append(file, {"row": name, "seed": seed, "steps": steps, "failed": str(error)})
+                print(f"{name}, seed {seed}: {error}", flush=True)
+                continue
             sampler, value = state.averaged.module, state.averaged_value.module
 
             def keep(row: str, steps: int, found: dict, seed: int = seed) -> None:

@@ -190,7 +190,15 @@ def ablations(result: dict | None = None) -> str:
     named: dict[str, list[dict]] = {}
     for row in result["rows"]:
         named.setdefault(row["row"], []).append(row)
-    columns = (("fd", 2), ("sw", 3), ("precision", 2), ("recall", 2), ("auroc_noise", 3), ("auroc_samples", 3))
+    columns = (
+        ("fd", 2),
+        ("sw", 3),
+        ("precision", 2),
+        ("recall", 2),
+        ("auroc_noise", 3),
+        ("auroc_samples", 3),
+        ("cpu_seconds", 0),
+    )
     lines = [
         f"**What the parts give** (`python benchmarks/ablations.py RUN`, {result['date']}, 8x8 digits, {result['samples']:,} "
         "samples, mean ± standard deviation over seeds, last iterate)",
@@ -200,8 +208,10 @@ def ablations(result: dict | None = None) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in named.items():
-        shown = [spread([row[k] for row in rows], d) if k in rows[0] else "" for k, d in (*columns, ("cpu_seconds", 0))]
-        lines.append(f"| {name} | {rows[0]['steps']} | {len(rows)} | {' | '.join(shown)} |")
+        found = [row for row in rows if "failed" not in row]
+        failed = f", diverged on {len(rows) - len(found)}" if len(found) < len(rows) else ""
+        shown = [spread([row[k] for row in found], d) if found and k in found[0] else "" for k, d in columns]
+        lines.append(f"| {name} | {rows[0]['steps']} | {len(rows)}{failed} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
