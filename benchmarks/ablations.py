@@ -1,6 +1,6 @@
 """What do the parts of the fine-tuning give?   8 x 8 digits, one part taken away or changed at a time.
 
-    fewstep train --data digits --out RUN
+    fewstep train --data digits --iterations 4000 --sigma-min 0.2 --sigma-max 10 --out RUN
     python benchmarks/ablations.py RUN             two seeds; writes benchmarks/ablations.json
     python benchmarks/ablations.py RUN --quick     in miniature, into --rows; says nothing but that it runs
 
@@ -89,6 +89,11 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
     data, denoiser, count = load_data("digits"), models.load_denoiser(model), 100 if quick else COUNT
     for seed in range(seeds):
         finished = {row["row"] for row in read_lines(file) if row["seed"] == seed}
+
+        def keep(row: str, steps: int, found: dict, seed: int = seed) -> None:
+            append(file, {"row": row, "seed": seed, "steps": steps} | found)
+            print(f"{row}, seed {seed}: {found}", flush=True)
+
         for name, (steps, changed) in TRAINED.items():
             if name in finished:
                 continue
@@ -99,15 +104,9 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
             try:
                 state, seconds = learned(denoiser, data, steps, config)
             except ValueError as error:  # not finite, collapsed or diverged, after all roll-backs
-                append(file, {"row": name, "seed": seed, "steps": steps, "failed": str(error)})
-                print(f"{name}, seed {seed}: {error}", flush=True)
+                keep(name, steps, {"failed": str(error)})
                 continue
             sampler, value = state.averaged.module, state.averaged_value.module
-
-            def keep(row: str, steps: int, found: dict, seed: int = seed) -> None:
-                append(file, {"row": row, "seed": seed, "steps": steps} | found)
-                print(f"{row}, seed {seed}: {found}", flush=True)
-
             if name == "default":  # its own row is the last, so that a killed command leaves none of them out
                 keep("ancestral", steps, judge(drawn(Sampler(denoiser, sampler.times), data, count, seed), data))
                 for scale in GUIDANCE:

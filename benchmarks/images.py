@@ -7,10 +7,11 @@
     python benchmarks/images.py ... --only "mnist_slim ancestral"       cells whose name, as listed, holds a match of this
     python benchmarks/images.py --draw                                  only the JSON, the table and the pictures, from the rows
 
-RUN: folders of `fewstep train`. DATA: folders with idx files. FILE: mnist_classifier.pth of ccexam. A cell is a model, a
-method, a number of steps and a seed; the rows of finished cells are kept in --rows, with the learned schedules, fine-tuned
-samplers and classifiers that they need, so that a killed or repeated command continues. Of two commands at once, each needs
-cells of its own, and the schedules are best learned before (`--only schedule`).
+RUN: folders of `fewstep train`; that of the digits was trained with --iterations 4000 --sigma-min 0.2 --sigma-max 10. DATA:
+folders with idx files. FILE: mnist_classifier.pth of ccexam. A cell is a model, a method, a number of steps and a seed; rows
+of finished cells are kept in --rows, with the learned schedules, fine-tuned samplers and classifiers that they need, so that a
+killed or repeated command continues. Of two commands at once, each needs cells of its own, and the schedules are best learned
+before (`--only schedule`).
 
 Writes benchmarks/images.json, and docs/pictures/images_<model>.png: every method from the same noises.
 
