@@ -61,10 +61,11 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
+SHORT_RUN = FinetuneConfig(iterations=120, density_iterations=600, batch_size=32, critic_steps=4, lr_value=3e-4)
 FINETUNE = {
     "digits": FinetuneConfig(),
-    "mnist_slim": FinetuneConfig(iterations=300, density_iterations=600, batch_size=32),
-    "fashion": FinetuneConfig(iterations=300, density_iterations=600, batch_size=32),
+    "mnist_slim": SHORT_RUN,
+    "fashion": SHORT_RUN,
 }
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
 

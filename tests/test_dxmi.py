@@ -80,7 +80,7 @@ def test_the_sampler_step_moves_the_sampler_only_and_the_value_step_the_value_on
     assert all(torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
     moved = {k: v.clone() for k, v in state.sampler.state_dict().items()}
     assert any(not torch.equal(v, before[k]) for k, v in moved.items())
-    value_step(state, GOAL, torch.randn(6, 2), states)
+    value_step(state, GOAL, [(torch.randn(6, 2), None)], states)
     assert all(torch.equal(v, moved[k]) for k, v in state.sampler.state_dict().items())
     assert any(not torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
 
@@ -109,7 +109,7 @@ def test_the_correction_for_a_fixed_sampler_is_the_least_squares_critic():
     for step in range(600):
         state.value_optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 600)
         data, generated = torch.randn(2, 2000, 1, generator=g)
-        value_step(state, GOAL, data, torch.stack([torch.zeros(2000, 1), generated + 1]))
+        value_step(state, GOAL, [(data, None)], torch.stack([torch.zeros(2000, 1), generated + 1]))
     x = torch.linspace(-1, 2, 7)[:, None]
     p, pi = torch.exp(-(x**2) / 2), torch.exp(-((x - 1) ** 2) / 2)
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_where_the_samples_are_the_data_the_energy_stays_at_the_density():
         states = [torch.randn(500, 2, generator=g)]
         for variance in state.back_variance.flip(0):  # the data, noised along the path: what a perfect sampler's rollouts are
             states.insert(0, states[0] + variance.sqrt() * torch.randn(500, 2, generator=g))
-        value_step(state, GOAL, torch.randn(500, 2, generator=g), torch.stack(states))
+        value_step(state, GOAL, [(torch.randn(500, 2, generator=g), None)], torch.stack(states))
     with torch.no_grad():
         x = torch.randn(2000, 2, generator=g)
         assert float(state.value.correction(x, 3).abs().mean()) < 0.02

@@ -165,6 +165,9 @@ class FinetuneConfig:
     """Adam's rate for the log of the step noises."""
     lr_value: Positive = 1e-4
     """Adam's rate for the correction of value and energy; above this it learns small data by heart (docs/log.md)."""
+    critic_steps: Count = 1
+    """Steps of value and energy on each batch of rollouts, with fresh data each. Large networks, whose sampler the trust region
+    makes slow, gain by more; small data are learned by heart (docs/log.md)."""
     lr_density: Positive = 2e-3
     """Adam's rate for the density; it falls to 0 along a cosine."""
     tau: NotNegative | None = None

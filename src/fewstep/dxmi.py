@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
 from fewstep.denoiser import Cond, Denoiser
-from fewstep.energy import Value, density_loss, make_value, repeated
+from fewstep.energy import Value, density_loss, joined, make_value
 from fewstep.goal import Goal, condition, make_goal
 from fewstep.metrics import sliced_wasserstein
 from fewstep.path import broadcast
@@ -176,31 +176,41 @@ def reward_cost(state: FinetuneState, goal: Goal, x: Tensor) -> Tensor | float:
 
 
 def value_step(
-    state: FinetuneState, goal: Goal, data: Tensor, states: Tensor, cond: Cond = None, processes: Processes = ALONE
+    state: FinetuneState,
+    goal: Goal,
+    batches: list[tuple[Tensor, Cond]],
+    states: Tensor,
+    cond: Cond = None,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
-    """One step of energy and value together, on data (b, *d) and rollouts (N+1, b, *d)."""
-    config, value, steps, b = state.config, state.value, state.sampler.steps, len(data)
-    i = torch.arange(steps + 1, device=data.device).repeat_interleave(b)
-    x, every = states.flatten(0, 1), repeated(cond, steps + 1)
-    last = torch.full((b,), steps, device=data.device)
-    correction = value.correction(torch.cat([x, data]), torch.cat([i, last]), repeated(cond, steps + 2)).reshape(-1, b)
-    *known, of_generated, of_data = correction
+    """A step of energy and value together on each batch of data (b, *d) and on rollouts (N+1, b, *d), which stay the same.
+
+    Returns the metrics of the last one.
+    """
+    value, steps, b = state.value, state.sampler.steps, states.shape[1]
+    i = torch.arange(steps + 1, device=states.device).repeat_interleave(b)
+    x, every = states.flatten(0, 1), [cond] * (steps + 1)
     with torch.no_grad():
         costs = running_cost(state, i[:-b], x[:-b], x[b:], state.sampler.std()[i[:-b]]).reshape(steps, b)
         if value.shared:
-            costs = time_cost(config.time_cost, steps).to(x)[:, None].expand(steps, b)
+            costs = time_cost(state.config.time_cost, steps).to(x)[:, None].expand(steps, b)
+        if value.density_net is not None:
+            costs = costs + value.tau * value.density(x, i, joined(every)).reshape(-1, b).diff(dim=0)
+    last = torch.full((b,), steps, device=states.device)
+    for data, data_cond in batches:
+        both = torch.cat([x, data]), torch.cat([i, last]), joined([*every, data_cond])
+        correction = value.correction(*both).reshape(-1, b)
+        *known, of_generated, of_data = correction
         to_go = correction[:-1].detach().clone()
         to_go[-1] += reward_cost(state, goal, states[-1])
         target = to_go[1:] + costs
-        if value.density_net is not None:
-            target += value.tau * value.density(x, i, every).reshape(-1, b).diff(dim=0)
         if not value.shared:  # only differences within a step matter, and the constants of A are arbitrary
             target -= processes.average(target.mean(1, keepdim=True))
-    gap = of_data.mean() - of_generated.mean()
-    energy_loss = gap + config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
-    value_loss = ((target - torch.stack(known)) ** 2).mean()
-    # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
-    norm = take_step(state.value_optimiser, energy_loss + steps * value_loss, processes)
+        gap = of_data.mean() - of_generated.mean()
+        energy_loss = gap + state.config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
+        value_loss = ((target - torch.stack(known)) ** 2).mean()
+        # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
+        norm = take_step(state.value_optimiser, energy_loss + steps * value_loss, processes)
     found = {"energy_data": of_data.mean(), "energy_generated": of_generated.mean(), "energy_gap": gap}
     found |= {"value_loss": value_loss}
     return processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": norm}
@@ -211,7 +221,7 @@ def sampler_step(
 ) -> dict[str, float]:
     """One step of the sampler on states and noise (N, b, *d): expected value of the next state plus running cost."""
     steps, b = x.shape[:2]
-    i, x, every = torch.arange(steps, device=x.device).repeat_interleave(b), x.flatten(0, 1), repeated(cond, steps)
+    i, x, every = torch.arange(steps, device=x.device).repeat_interleave(b), x.flatten(0, 1), joined([cond] * steps)
     before = None
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
         law = state.sampler.step(x, i, every)
@@ -300,29 +310,31 @@ def start_sampler(state: FinetuneState, goal: Goal) -> None:
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
     """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process takes its share."""
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
-    rows = goal.rows(config.batch_size, state.generator)
-    shape = goal.data.shape[1:]
-    noise = torch.randn(2 * steps + 2, config.batch_size, *shape, generator=state.generator)
-    rows, noise = processes.share(rows), processes.share(noise, 1).to(goal.data)
-    data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
-    if state.step < config.density_iterations:
+    learning = state.step < config.density_iterations
+    n = 1 if learning else config.critic_steps
+    rows = goal.rows(n * config.batch_size, state.generator).reshape(n, -1)
+    noise = torch.randn(2 * steps + 1 + n, config.batch_size, *goal.data.shape[1:], generator=state.generator)
+    rows, noise = processes.share(rows, 1), processes.share(noise, 1).to(goal.data)
+    data, conds = goal.data[rows.to(goal.data.device)], [condition(goal, part) for part in rows]
+    if learning:
         reach = processes.share(torch.linspace(0, 1, config.batch_size)).to(data)
-        return density_step(state, data, noise, reach, cond, processes)
+        return density_step(state, data[0], noise, reach, conds[0], processes)
 
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
     for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, config.lr_value), strict=True):
         group["lr"] = lr * state.left
-    start = float(sampler.path.sigma(sampler.times[0].cpu())) * noise[0]
+    start, on_the_way, redrawn, last = noise.tensor_split((1, steps + 1, 2 * steps + 1))
+    start = float(sampler.path.sigma(sampler.times[0].cpu())) * start[0]
     with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
-        states = sampler.rollout(start, cond=cond, noise=noise[1 : steps + 1])
+        states = sampler.rollout(start, cond=conds[0], noise=on_the_way)
     if config.velocity_decay < 1:
-        i = torch.arange(steps, device=data.device).repeat_interleave(len(data))
+        i = torch.arange(steps, device=data.device).repeat_interleave(len(start))
         squared = squared_velocity(state, i, states[:-1].flatten(0, 1), states[1:].flatten(0, 1))
         state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - config.velocity_decay)
 
-    smoothed = data + float(sampler.last_std) * noise[-1]
-    metrics = value_step(state, goal, smoothed, states, cond, processes)
-    metrics |= sampler_step(state, goal, states[:-1], noise[steps + 1 : -1], cond, processes)
+    smoothed = data + float(sampler.last_std) * last
+    metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, conds[0], processes)
+    metrics |= sampler_step(state, goal, states[:-1], redrawn, conds[0], processes)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
     metrics |= processes.mean({"sample_std": float(states[-1].std())})

@@ -127,7 +127,7 @@ def density_loss(
     levels, n = sampler.levels(), value.steps + 1
     i = torch.arange(n, device=x0.device).repeat_interleave(len(x0))
     alpha, sigma = (level.to(x0)[i].reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
-    eps, every = eps.flatten(0, 1), repeated(cond, n)
+    eps, every = eps.flatten(0, 1), joined([cond] * n)
     x = (alpha * x0.repeat(n, *[1] * (x0.ndim - 1)) + sigma * eps).requires_grad_(True)
     low, high = (float(end) for end in (levels[1] / levels[0].clamp(min=1e-3)).log()[[-1, 0]])
     s = alpha * torch.exp(low + (high - low) * reach).repeat(n).reshape(alpha.shape)
@@ -141,6 +141,7 @@ def density_loss(
         }
 
 
-def repeated(cond: Cond, times: int) -> Cond:
-    """The condition of (times, b) states in one batch."""
-    return None if cond is None else {k: torch.cat([v] * times) for k, v in cond.items()}
+def joined(parts: list[Cond]) -> Cond:
+    """The conditions of several batches, or of one that is repeated, as those of one batch."""
+    known = [part for part in parts if part is not None]
+    return {k: torch.cat([part[k] for part in known]) for k in known[0]} if known else None
