@@ -11,6 +11,7 @@ import torch
 
 from fewstep import cli
 from fewstep.mixture import ring
+from fewstep.models import load_sampler
 from fewstep.schedule import Schedule, karras
 
 TINY = ["--width", "16", "--depth", "1", "--threads", "1"]
@@ -282,6 +283,27 @@ def test_a_model_by_file_and_function(trained, tmp_path):
     assert ring().energy(x).mean() < 4  # about 2.9 on data, over 20 on noise
 
 
+def test_an_energy_of_a_given_structure(trained, tmp_path):
+    """A tiny autoencoder's reconstruction error, alone, comes back as it was learned."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from torch import nn\n\n\n"
+        "class Error(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1), nn.Linear(1, 2))\n\n"
+        "    def forward(self, x):\n"
+        "        return ((self.net(x) - x) ** 2).mean(1)\n"
+    )
+    out, data = tmp_path / "sampler", ("--data", trained / "points.npy", "--model", trained / "model")
+    alone = ("--energy", f"{tmp_path}/mine.py:Error", "--density-iterations", 0, "--iterations", 20, "--batch-size", 32)
+    fewstep("finetune", *data, "--out", out, "--steps", 2, *alone)
+    _, value = load_sampler(out)
+    x = torch.randn(5, 2)
+    assert torch.equal(value.energy(x), ((value.structured.net(x) - x) ** 2).mean(1))
+    fewstep("sample", "--model", out, "--count", 5, "--out", tmp_path / "s")
+
+
 def bad_inputs(root, tmp):
     """name -> (arguments, words of the message)."""
     nan = ring().sample(50, torch.Generator()).numpy()
@@ -353,6 +375,8 @@ def bad_inputs(root, tmp):
         "data of another shape": (("schedule", "--model", model, "--data", tmp / "wide.npy", "--out", out), "shape"),
         "fewer data than a batch": ((*finetune, "--batch-size", 10**6), "too few"),
         "nothing to evaluate": (("evaluate", "--data", points, "--out", out), "nothing to evaluate"),
+        "an energy without a file": ((*finetune, "--energy", "autoencoder"), "give file.py:function"),
+        "an energy that is a number": ((*finetune, "--energy", f"{tmp}/mine.py:five"), "nn.Module"),
         "no such device": ((*train, points, "--device", "tpu9"), "tpu9"),
         "show of no run": (("show", tmp / "nowhere"), "not a run folder"),
     }  # fmt: skip

@@ -14,7 +14,7 @@ from fewstep import dxmi
 from fewstep.config import FinetuneConfig
 from fewstep.denoiser import OnPath
 from fewstep.dxmi import FinetuneState, Goal, finetune, make_goal, make_state, running_cost, sampler_step, value_step
-from fewstep.energy import Value, density_loss
+from fewstep.energy import Value, density_loss, make_value
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Cosine, Linear
@@ -114,6 +114,72 @@ def test_the_correction_for_a_fixed_sampler_is_the_least_squares_critic():
     p, pi = torch.exp(-(x**2) / 2), torch.exp(-((x - 1) ** 2) / 2)
     with torch.no_grad():
         assert torch.allclose(value.energy(x), ((pi - p) / (2 * (pi + p)))[:, 0], atol=0.04)
+
+
+class Radial(torch.nn.Module):
+    """a |x|^2, an energy of one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.a * (x**2).sum(1)
+
+
+def test_an_energy_of_a_given_structure_is_the_best_of_its_kind():
+    """With e = a f the loss is least at a = (E_pi f - E_p f)/(2 gamma (E_p f^2 + E_pi f^2))."""
+    sampler = state_of(density_iterations=0).sampler
+    config = FinetuneConfig(density_iterations=0, momentum=0.9, gamma=2.0)
+    value = make_value(sampler, (2,), config, Radial())
+    state, g = FinetuneState(sampler, value, config), torch.Generator().manual_seed(0)
+    data, generated = torch.randn(2, 4000, 2, generator=g) * torch.tensor([1.0, 1.5])[:, None, None]
+    states = torch.cat([torch.randn(3, 4000, 2, generator=g), generated[None]])
+    for step in range(400):
+        state.value_optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 400)
+        value_step(state, GOAL, [(data, None)], states)
+    f, of_generated = (data**2).sum(1), (generated**2).sum(1)
+    best = (of_generated.mean() - f.mean()) / (2 * 2.0 * ((f**2).mean() + (of_generated**2).mean()))
+    assert float(value.structured.a.detach()) == pytest.approx(float(best), rel=0.02)
+    x = torch.randn(5, 2)
+    assert torch.equal(value(x, 3), value.structured(x))
+    assert torch.equal(value(x, torch.tensor([3, 0, 3, 1, 3]))[::2], value.structured(x[::2]))
+    assert torch.equal(value(x, 1), value.critic(x / value.radius[1], value.of_step(torch.full((5,), 1))))
+
+
+@pytest.mark.parametrize(
+    ("energy", "message"),
+    [
+        (torch.nn.Linear(2, 1), r"to \(b,\); got \(2, 1\) for 2"),
+        (torch.nn.Flatten(0), "parameters to learn"),
+        (abs, "nn.Module"),
+    ],
+    ids=["shape", "nothing to learn", "no module"],
+)
+def test_what_is_no_energy_is_refused(energy, message):
+    with pytest.raises(ValueError, match=message):
+        make_value(state_of(density_iterations=0).sampler, (2,), FinetuneConfig(), energy)
+
+
+def test_several_critic_steps_use_fresh_data_and_the_same_rollouts(monkeypatch):
+    seen, step = [], dxmi.value_step
+
+    def kept(state, goal, batches, states, *rest):
+        seen.append((torch.cat([batch for batch, _ in batches]), states))
+        return step(state, goal, batches, states, *rest)
+
+    monkeypatch.setattr(dxmi, "value_step", kept)
+    data = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    for n in (1, 3):
+        state = state_of(density_iterations=0, critic_steps=n)
+        dxmi.iterate(state, Goal(data))
+        taken = state.value_optimiser.state[state.value.critic.last.weight]["step"]
+        assert float(taken) == n
+    (one, states), (three, same) = seen
+    assert states.shape == same.shape == (4, 8, 2)
+    assert one.shape == (8, 2)
+    assert three.shape == (24, 2)
+    assert len(torch.unique(three, dim=0)) == 24
 
 
 def fitted_density(iterations: int) -> FinetuneState:

@@ -140,6 +140,13 @@ def finetune(
         Parameter(help="file.py:function from samples to numbers, higher = better, or a folder of `fewstep prefer`."),
     ] = None,
     reward_weight: Annotated[float, Parameter(help="The aim is p(x) exp(weight reward).")] = 1.0,
+    energy: Annotated[
+        str | None,
+        Parameter(
+            help="file.py:function that makes an nn.Module from samples to numbers, like an autoencoder's reconstruction "
+            "error: the structure of the energy with --density-iterations 0, else of what corrects the density."
+        ),
+    ] = None,
     tensorboard: TensorBoard = False,
     machine: Annotated[Machine, Flat] = Machine(),
     config: Annotated[FinetuneConfig, Flat] = FinetuneConfig(),
@@ -157,7 +164,7 @@ def finetune(
 
     bar = track if processes.index == 0 else commands.silent
     folder = commands.finetune(
-        model, source, out, steps, config, schedule, device, bar, reward, reward_weight, processes, tensorboard
+        model, source, out, steps, config, schedule, device, bar, reward, reward_weight, processes, tensorboard, energy
     )
     if processes.index > 0:
         return

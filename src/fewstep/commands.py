@@ -110,6 +110,7 @@ def finetune(
     reward_weight: float = 1.0,
     processes: Processes = ALONE,
     tensorboard: bool = False,
+    energy: str | None = None,
 ) -> File:
     """Fine-tune a sampler of `steps` evaluations and its energy into the folder `out`; continues where a killed run stood.
 
@@ -123,7 +124,10 @@ def finetune(
     if config.batch_size % processes.count:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared evenly by {processes.count} processes")
     times = find_schedule(schedule_name, denoiser).times(denoiser.path, steps)
-    state = make_state(denoiser, times, config, data.shape)
+    with torch.random.fork_rng(devices=[]):  # so that a repeated command begins with the same energy
+        torch.manual_seed(config.seed)
+        structured = models.load_energy(energy) if energy else None
+    state = make_state(denoiser, times, config, data.shape, structured)
     labels, test_labels = (data.train_labels, data.test_labels) if denoiser.classes else (None, None)
     worth = models.load_reward(reward, device) if reward else None
     goal = make_goal(data.train.to(device), labels, worth, reward_weight)
@@ -131,6 +135,8 @@ def finetune(
     if reward is not None:
         settings |= {"reward": models.relative_to(reward, out)[0], "reward_weight": reward_weight}
         settings |= {"reward_fingerprint": fingerprint(worth.state_dict().values())} if isinstance(worth, nn.Module) else {}
+    if energy is not None:
+        settings |= {"energy": models.relative_to(energy, out)[0]}
     settings |= data_settings(source, data) | dataclasses.asdict(config)
     if processes.index == 0:
         open_run(out, "finetune", settings)

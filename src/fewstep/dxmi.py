@@ -414,14 +414,19 @@ def finetune(
         yield metrics | {"rolled_back": float(state.rolled_back)} | keep_best(state, held_out)
 
 
-def make_state(denoiser: Denoiser, times: Tensor, config: FinetuneConfig, shape: tuple[int, ...]) -> FinetuneState:
-    """A fresh state: a sampler on `times` from a trainable copy of the denoiser, and a new value for samples of this shape."""
+def make_state(
+    denoiser: Denoiser, times: Tensor, config: FinetuneConfig, shape: tuple[int, ...], energy: nn.Module | None = None
+) -> FinetuneState:
+    """A fresh state: a sampler on `times` from a trainable copy of the denoiser, and a new value for samples of this shape.
+
+    energy: a module from samples (b, *shape) to (b,) whose structure the energy is to have (`Value`).
+    """
     own = copy.deepcopy(denoiser).requires_grad_(True)
     if config.compile:
         own.compile()
     sampler = Sampler(own, times, config.last_std)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        value = make_value(sampler, shape, config)
+        value = make_value(sampler, shape, config, copy.deepcopy(energy))
     device = next(own.parameters(), torch.empty(0)).device
     return FinetuneState(sampler.to(device), value.to(device), config)

@@ -33,7 +33,8 @@ class Value(nn.Module):
 
     radius: (N+1,), the size of the states of each step, `Sampler.radius()`. classes: of a conditional model, whose value
     takes cond["class_labels"] (b,), the index `classes` meaning no class. density: whether V has the part tau A. shared: one
-    function of x for all steps (the paper's, for images).
+    function of x for all steps (the paper's, for images). structured: a module x (b, *d) -> (b,) that is the last slice of C,
+    in place of a network of ours: an autoencoder's reconstruction error, say (the paper's, for anomalies).
     """
 
     radius: Tensor
@@ -48,6 +49,7 @@ class Value(nn.Module):
         shared: bool = False,
         classes: int | None = None,
         features: int = 32,
+        structured: nn.Module | None = None,
     ):
         super().__init__()
         self.steps, self.dimensions, self.shared, self.classes = len(radius) - 1, math.prod(shape), shared, classes
@@ -56,6 +58,7 @@ class Value(nn.Module):
         self.of_step = nn.Embedding(self.steps + 1, features)
         self.of_class = nn.Embedding(classes + 1, features) if classes else None
         self.critic = scalar_net(shape, features)
+        self.structured = structured
         self.density_net = scalar_net(shape, features) if density else None
         if density:  # V starts as the density alone
             nn.init.zeros_(self.critic.last.weight)
@@ -92,7 +95,11 @@ class Value(nn.Module):
         condition = self.of_step(torch.full_like(i, self.steps) if self.shared else i)
         if self.of_class is not None:
             condition = condition + self.of_class(self._labels(x, cond))
-        return self.critic((x.flatten(1) / self.radius[i, None]).reshape(x.shape), condition)
+        found = self.critic((x.flatten(1) / self.radius[i, None]).reshape(x.shape), condition)
+        last = i == self.steps
+        if self.structured is None or not bool(last.any()):
+            return found
+        return found.masked_scatter(last, self.structured(x[last]).to(found))
 
     def forward(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Tensor:
         """x: (b, *d); i: one index, or one per sample (b,). Returns (b,)."""
@@ -104,11 +111,25 @@ class Value(nn.Module):
         return self(x, self.steps, cond)
 
 
-def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig) -> Value:
+def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig, structured: nn.Module | None = None) -> Value:
     """The untrained value that a FinetuneConfig describes; its weights depend on torch's global seed."""
+    if structured is not None:
+        require_energy(structured, shape)
     tau = config.tau if config.tau is not None else PUBLISHED_TAU
     classes = sampler.denoiser.classes
-    return Value(shape, sampler.radius(), tau, config.density_iterations > 0, config.value == "shared", classes)
+    density, shared = config.density_iterations > 0, config.value == "shared"
+    return Value(shape, sampler.radius(), tau, density, shared, classes, structured=structured)
+
+
+def require_energy(energy: nn.Module, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where a module is no energy of samples of this shape: (b, *shape) to (b,), with weights to learn."""
+    if not isinstance(energy, nn.Module) or not any(p.requires_grad for p in energy.parameters()):
+        raise ValueError(f"an energy is an nn.Module with parameters to learn; got {type(energy).__name__}")
+    with torch.no_grad():
+        found = energy(torch.zeros(2, *shape))
+    if not isinstance(found, Tensor) or found.shape != (2,):
+        form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"an energy maps samples (b, {', '.join(map(str, shape))}) to (b,); got {form} for 2 samples")
 
 
 def density_loss(

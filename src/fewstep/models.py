@@ -125,7 +125,8 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
     model = settings["model"]
     denoiser = load_denoiser(str((folder / model).resolve()) if settings["model_is_local"] else model)
     sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"])
-    value = make_value(sampler, tuple(settings["shape"]), config_of(FinetuneConfig, settings))
+    energy = load_energy(str((folder / settings["energy"]).resolve())) if "energy" in settings else None
+    value = make_value(sampler, tuple(settings["shape"]), config_of(FinetuneConfig, settings), energy)
     load_weights(sampler, folder / SAMPLER)
     load_weights(value, folder / VALUE)
     return sampler.to(device).eval().requires_grad_(False), value.to(device).eval().requires_grad_(False)
@@ -140,6 +141,13 @@ def load_reward(name: str, device: str = "cpu") -> Callable[[Tensor], Tensor]:
     raise ValueError(
         f"no reward {name!r}: give file.py:function, from samples (b, *d) to (b,), or a folder of `fewstep prefer`"
     )
+
+
+def load_energy(name: str) -> nn.Module:
+    """The energy that `file.py:function` makes, without arguments: an nn.Module from samples (b, *d) to (b,)."""
+    if ".py:" not in name:
+        raise ValueError(f"no energy {name!r}: give file.py:function, which makes an nn.Module from samples (b, *d) to (b,)")
+    return load_function(name)()
 
 
 def relative_to(name: str, folder: File) -> tuple[str, bool]:
