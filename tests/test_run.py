@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewstep import run
-from fewstep.config import FinetuneConfig, TrainConfig
+from fewstep import commands, run
+from fewstep.config import FinetuneConfig, Source, TrainConfig
 from fewstep.dxmi import finetune, make_state
 from fewstep.mixture import ring
 from fewstep.schedule import karras
@@ -208,7 +208,8 @@ def test_tensorboard_shows_what_metrics_jsonl_holds_after_a_kill_as_well(tmp_pat
         assert [(event.step, event.value) for event in board.Scalars(name)] == expected, name
 
 
-def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_tensorboard_that_is_not_installed_is_named_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install 'fewstep\[tensorboard\]'"):
-        run.summary_writer(tmp_path, 0)
+        commands.train(Source("digits"), tmp_path / "run", TrainConfig(iterations=1), tensorboard=True)
+    assert not (tmp_path / "run").exists()

@@ -30,6 +30,7 @@ from fewstep.run import (
     open_run,
     record,
     require_free,
+    require_tensorboard,
     resume,
 )
 from fewstep.sampler import Sampler, in_steps
@@ -70,6 +71,8 @@ def train(
     tensorboard: bool = False,
 ) -> File:
     """Train a diffusion model into the folder `out`; continues where a killed run stood."""
+    if tensorboard:
+        require_tensorboard()
     data = load(source)
     spread = float(data.train.std())
     if not 0.1 < spread < 10:
@@ -117,6 +120,8 @@ def finetune(
     The weights that are kept are those whose samples were closest to the held-out data. A conditional model is given the
     data's labels. Of several processes only the first one writes.
     """
+    if tensorboard:
+        require_tensorboard()
     denoiser, data = models.load_denoiser(model, device), load(source)
     require_shape(denoiser, data.shape)
     if len(data.train) < config.batch_size:

@@ -138,7 +138,7 @@ def record(
     """Pass a training loop's metrics on, logging means over `log_every` iterations and saving every `save_every`.
 
     The last iteration is saved. What was logged since the last save is dropped by `resume`, and made again. tensorboard: the
-    same numbers into folder/tensorboard as well. Raises ValueError where that is not installed.
+    same numbers into folder/tensorboard as well (`require_tensorboard`).
     """
     window: dict[str, list[float]] = {}
     board = summary_writer(folder / "tensorboard", state.step) if tensorboard else nullcontext()
@@ -167,12 +167,18 @@ def record(
     save_tree(folder / CHECKPOINT, state.state_dict())
 
 
-def summary_writer(folder: File, step: int) -> Any:
-    """TensorBoard's writer, which drops what it was told after `step`."""
+def require_tensorboard() -> None:
+    """Raises ValueError where it is not installed; to be asked before a run's folder is made."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ValueError("--tensorboard needs TensorBoard: pip install 'fewstep[tensorboard]'") from error
+
+
+def summary_writer(folder: File, step: int) -> Any:
+    """TensorBoard's writer, which drops what it was told after `step`."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
