@@ -47,7 +47,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.fit import fit
 from fewstep.metrics import class_coverage, frechet_distance, precision_recall
 from fewstep.path import Tabulated
-from fewstep.run import fingerprint, load_tree, read_lines, save_tree, write_json
+from fewstep.run import fingerprint, load_tree, read_config, read_lines, save_tree, write_json
 from fewstep.sampler import Sampler
 from fewstep.schedule import Schedule, karras, kl_optimal
 from schedules import append
@@ -264,6 +264,8 @@ class Subject:
         if not (out / models.VALUE).exists():
             name, config = str(self.schedule(cell.levels)), self.finetune_config(cell.seed)
             finetune(self.model, self.source, out, cell.steps, config, name, self.args.device)
+        if models.config_of(FinetuneConfig, read_config(out)["config"]) != self.finetune_config(cell.seed):
+            raise SystemExit(f"{out} was made with other settings; remove it")
         return models.load_sampler(out, self.args.device)[0].to(memory_format=torch.channels_last)
 
 
@@ -369,9 +371,13 @@ def document(folder: Path) -> dict:
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
         own = [row for row in rows if row["model"] == name]
-        settings = next((row["settings"] for row in own if row["settings"]), None)
+        settings, *others = [{k: v for k, v in row["settings"].items() if k != "seed"} for row in own if row["settings"]] or [
+            {}
+        ]
+        if any(other != settings for other in others):
+            raise SystemExit(f"the fine-tuned rows of {name} have different settings; run them again with one")
         kept = ("method", "solver", "levels", "steps", "seed", "evaluations", "at", "kept", "sigmas", "seconds")
-        found[name] = json.loads(file.read_text()) | {"finetune": {k: v for k, v in (settings or {}).items() if k != "seed"}}
+        found[name] = json.loads(file.read_text()) | {"finetune": settings}
         found[name]["rows"] = [{k: row[k] for k in kept if k in row} for row in own]
     return {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "models": found}
 

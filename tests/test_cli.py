@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fewstep import cli
 from fewstep.mixture import ring
@@ -283,7 +284,7 @@ def test_a_model_by_file_and_function(trained, tmp_path):
     assert ring().energy(x).mean() < 4  # about 2.9 on data, over 20 on noise
 
 
-def test_an_energy_of_a_given_structure(trained, tmp_path):
+def test_an_energy_of_a_given_structure(trained, tmp_path, capsys):
     """A tiny autoencoder's reconstruction error, alone, comes back as it was learned."""
     (tmp_path / "mine.py").write_text(
         "import torch\n"
@@ -299,9 +300,14 @@ def test_an_energy_of_a_given_structure(trained, tmp_path):
     alone = ("--energy", f"{tmp_path}/mine.py:Error", "--density-iterations", 0, "--iterations", 20, "--batch-size", 32)
     fewstep("finetune", *data, "--out", out, "--steps", 2, *alone)
     _, value = load_sampler(out)
-    x = torch.randn(5, 2)
+    kept, x = load_file(out / "value.safetensors"), torch.randn(5, 2)
+    assert torch.equal(value.structured.net[0].weight, kept["structured.net.0.weight"])
     assert torch.equal(value.energy(x), ((value.structured.net(x) - x) ** 2).mean(1))
     fewstep("sample", "--model", out, "--count", 5, "--out", tmp_path / "s")
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("mean(1)", "sum(1)"))
+    assert "mine.py" in fewstep("sample", "--model", out, "--out", tmp_path / "t", expect=2, capsys=capsys)
+    again = fewstep("finetune", *data, "--out", out, "--steps", 2, *alone, expect=2, capsys=capsys)
+    assert "energy_fingerprint" in again
 
 
 def bad_inputs(root, tmp):
@@ -313,7 +319,7 @@ def bad_inputs(root, tmp):
     np.save(tmp / "wide.npy", np.random.default_rng(0).normal(size=(50, 3)))
     np.save(tmp / "large.npy", 1000 * np.random.default_rng(0).normal(size=(50, 2)))
     (tmp / "text.npy").write_text("hello")
-    (tmp / "mine.py").write_text("def five():\n    return 5\n")
+    (tmp / "mine.py").write_text("def five():\n    return 5\n\n\ndef taste(x):\n    return x[:, 0]\n")
     (tmp / "broken.py").write_text("def five(:\n")
     np.savez(tmp / "cut.npz", x=nan)
     (tmp / "cut.npz").write_bytes((tmp / "cut.npz").read_bytes()[:200])
@@ -377,6 +383,7 @@ def bad_inputs(root, tmp):
         "nothing to evaluate": (("evaluate", "--data", points, "--out", out), "nothing to evaluate"),
         "an energy without a file": ((*finetune, "--energy", "autoencoder"), "give file.py:function"),
         "an energy that is a number": ((*finetune, "--energy", f"{tmp}/mine.py:five"), "nn.Module"),
+        "an energy that wants samples": ((*finetune, "--energy", f"{tmp}/mine.py:taste"), "takes no arguments"),
         "no such device": ((*train, points, "--device", "tpu9"), "tpu9"),
         "show of no run": (("show", tmp / "nowhere"), "not a run folder"),
     }  # fmt: skip

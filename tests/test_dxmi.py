@@ -117,14 +117,14 @@ def test_the_correction_for_a_fixed_sampler_is_the_least_squares_critic():
 
 
 class Radial(torch.nn.Module):
-    """a |x|^2, an energy of one parameter."""
+    """a |x|^2 + 0 b, an energy whose b is frozen."""
 
     def __init__(self):
         super().__init__()
-        self.a = torch.nn.Parameter(torch.zeros(()))
+        self.a, self.b = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, x):
-        return self.a * (x**2).sum(1)
+        return self.a * (x**2).sum(1) + self.b
 
 
 def test_an_energy_of_a_given_structure_is_the_best_of_its_kind():
@@ -147,39 +147,72 @@ def test_an_energy_of_a_given_structure_is_the_best_of_its_kind():
     assert torch.equal(value(x, 1), value.critic(x / value.radius[1], value.of_step(torch.full((5,), 1))))
 
 
+def test_with_a_density_a_structured_energy_starts_from_it_and_frozen_parts_stay_frozen():
+    state = make_state(make_denoiser((2,), gaussians8.TRAIN), karras().times(Cosine(), 3), FinetuneConfig(), (2,), Radial())
+    energy, x = state.value.structured, torch.randn(5, 2)
+    energy.a.data.fill_(3.0)
+    assert torch.equal(state.value.energy(x), state.value.tau * state.value.density(x, 3))
+    for _ in range(2):
+        value_step(state, GOAL, [(torch.randn(6, 2), None)], torch.randn(4, 6, 2))
+        sampler_step(state, GOAL, torch.randn(3, 6, 2), torch.randn(3, 6, 2))
+    assert float(energy.b) == 0
+    assert not energy.b.requires_grad
+    assert float(energy.a.detach()) != 3
+    assert float(state.value.gain.detach()) != 0
+
+
+class Flat(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
 @pytest.mark.parametrize(
     ("energy", "message"),
     [
-        (torch.nn.Linear(2, 1), r"to \(b,\); got \(2, 1\) for 2"),
+        (torch.nn.Linear(2, 1), r"returns \(3, 1\) for 3"),
+        (torch.nn.Linear(5, 1), r"to \(b,\); Linear failed on 3"),
         (torch.nn.Flatten(0), "parameters to learn"),
         (abs, "nn.Module"),
+        (torch.nn.Sequential(torch.nn.BatchNorm1d(2), Flat(2, 1)), "differs between training and use"),
     ],
-    ids=["shape", "nothing to learn", "no module"],
+    ids=["shape", "fails", "nothing to learn", "no module", "batch statistics"],
 )
 def test_what_is_no_energy_is_refused(energy, message):
     with pytest.raises(ValueError, match=message):
         make_value(state_of(density_iterations=0).sampler, (2,), FinetuneConfig(), energy)
 
 
+def test_an_energy_does_not_go_with_a_shared_value():
+    with pytest.raises(ValueError, match="--value per_step"):
+        make_value(state_of(density_iterations=0).sampler, (2,), FinetuneConfig(value="shared"), Flat(2, 1))
+
+
 def test_several_critic_steps_use_fresh_data_and_the_same_rollouts(monkeypatch):
     seen, step = [], dxmi.value_step
 
     def kept(state, goal, batches, states, *rest):
-        seen.append((torch.cat([batch for batch, _ in batches]), states))
+        seen.append([batch for batch, _ in batches])
         return step(state, goal, batches, states, *rest)
 
     monkeypatch.setattr(dxmi, "value_step", kept)
-    data = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    data = torch.arange(2000.0).reshape(1000, 2) / 1000
     for n in (1, 3):
-        state = state_of(density_iterations=0, critic_steps=n)
+        state = state_of(density_iterations=0, critic_steps=n, last_std=0)
         dxmi.iterate(state, Goal(data))
-        taken = state.value_optimiser.state[state.value.critic.last.weight]["step"]
-        assert float(taken) == n
-    (one, states), (three, same) = seen
-    assert states.shape == same.shape == (4, 8, 2)
-    assert one.shape == (8, 2)
-    assert three.shape == (24, 2)
-    assert len(torch.unique(three, dim=0)) == 24
+        assert float(state.value_optimiser.state[state.value.critic.last.weight]["step"]) == n
+    (one,), three = seen
+    assert one.shape == three[0].shape == (8, 2)
+    rows = torch.randint(1000, (24,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat(three), data[rows])
+
+
+def test_a_gradient_that_is_not_finite_is_told_of_whichever_step_it_was():
+    state = state_of(density_iterations=0, critic_steps=2)
+    broken = torch.full((6, 2), float("nan"))
+    found = value_step(state, GOAL, [(broken, None), (torch.randn(6, 2), None)], torch.randn(4, 6, 2))
+    assert not math.isfinite(found["value_gradient_norm"])
+    found = value_step(state, GOAL, [(torch.randn(6, 2), None), (broken, None)], torch.randn(4, 6, 2))
+    assert not math.isfinite(found["value_gradient_norm"])
 
 
 def fitted_density(iterations: int) -> FinetuneState:

@@ -212,4 +212,6 @@ def test_tensorboard_that_is_not_installed_is_named_before_anything_is_made(tmp_
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install 'fewstep\[tensorboard\]'"):
         commands.train(Source("digits"), tmp_path / "run", TrainConfig(iterations=1), tensorboard=True)
+    with pytest.raises(ValueError, match=r"pip install 'fewstep\[tensorboard\]'"):
+        commands.finetune("none", Source("digits"), tmp_path / "run", 4, FinetuneConfig(), tensorboard=True)
     assert not (tmp_path / "run").exists()

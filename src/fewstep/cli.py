@@ -144,7 +144,8 @@ def finetune(
         str | None,
         Parameter(
             help="file.py:function that makes an nn.Module from samples to numbers, like an autoencoder's reconstruction "
-            "error: the structure of the energy with --density-iterations 0, else of what corrects the density."
+            "error: the structure of the energy with --density-iterations 0, else of what corrects the density. Of order 1, so "
+            "a mean over dimensions, not a sum; without dropout and batch statistics."
         ),
     ] = None,
     tensorboard: TensorBoard = False,
@@ -164,7 +165,19 @@ def finetune(
 
     bar = track if processes.index == 0 else commands.silent
     folder = commands.finetune(
-        model, source, out, steps, config, schedule, device, bar, reward, reward_weight, processes, tensorboard, energy
+        model,
+        source,
+        out,
+        steps,
+        config,
+        schedule,
+        device,
+        bar,
+        reward=reward,
+        reward_weight=reward_weight,
+        processes=processes,
+        tensorboard=tensorboard,
+        energy=energy,
     )
     if processes.index > 0:
         return

@@ -131,7 +131,7 @@ def finetune(
     times = find_schedule(schedule_name, denoiser).times(denoiser.path, steps)
     with torch.random.fork_rng(devices=[]):  # so that a repeated command begins with the same energy
         torch.manual_seed(config.seed)
-        structured = models.load_energy(energy) if energy else None
+        structured, made_by = models.load_energy(energy) if energy else (None, "")
     state = make_state(denoiser, times, config, data.shape, structured)
     labels, test_labels = (data.train_labels, data.test_labels) if denoiser.classes else (None, None)
     worth = models.load_reward(reward, device) if reward else None
@@ -141,7 +141,7 @@ def finetune(
         settings |= {"reward": models.relative_to(reward, out)[0], "reward_weight": reward_weight}
         settings |= {"reward_fingerprint": fingerprint(worth.state_dict().values())} if isinstance(worth, nn.Module) else {}
     if energy is not None:
-        settings |= {"energy": models.relative_to(energy, out)[0]}
+        settings |= {"energy": models.relative_to(energy, out)[0], "energy_fingerprint": made_by}
     settings |= data_settings(source, data) | dataclasses.asdict(config)
     if processes.index == 0:
         open_run(out, "finetune", settings)

@@ -150,7 +150,7 @@ class FinetuneConfig:
     """How a few-step sampler and its energy are learned together (DxMI). Costs are means per dimension, in nats."""
 
     iterations: Count = 2000
-    """Iterations: each one rollout, one step of the value and energy, one step of the sampler."""
+    """Iterations: each one rollout, `critic_steps` of the value and energy, one step of the sampler."""
     density_iterations: Annotated[int, Field(ge=0)] = 1500
     """Iterations before these, in which the density of the data is learned, which the energy then starts from and is held
     to; 0 is the published method, whose energy starts from nothing and is held to 0."""

@@ -185,7 +185,8 @@ def value_step(
 ) -> dict[str, float]:
     """A step of energy and value together on each batch of data (b, *d) and on rollouts (N+1, b, *d), which stay the same.
 
-    Returns the metrics of the last one.
+    Returns the metrics of the first one, of rollouts that are new to the energy, and the largest norm of the gradient,
+    or one that is not finite.
     """
     value, steps, b = state.value, state.sampler.steps, states.shape[1]
     i = torch.arange(steps + 1, device=states.device).repeat_interleave(b)
@@ -193,17 +194,16 @@ def value_step(
     with torch.no_grad():
         costs = running_cost(state, i[:-b], x[:-b], x[b:], state.sampler.std()[i[:-b]]).reshape(steps, b)
         if value.shared:
-            costs = time_cost(state.config.time_cost, steps).to(x)[:, None].expand(steps, b)
+            costs = time_cost(state.config.time_cost, steps).to(x)[:, None].repeat(1, b)
         if value.density_net is not None:
             costs = costs + value.tau * value.density(x, i, joined(every)).reshape(-1, b).diff(dim=0)
-    last = torch.full((b,), steps, device=states.device)
+        costs[-1] += reward_cost(state, goal, states[-1])
+    last, metrics = torch.full((b,), steps, device=states.device), list[dict[str, float]]()
     for data, data_cond in batches:
         both = torch.cat([x, data]), torch.cat([i, last]), joined([*every, data_cond])
         correction = value.correction(*both).reshape(-1, b)
         *known, of_generated, of_data = correction
-        to_go = correction[:-1].detach().clone()
-        to_go[-1] += reward_cost(state, goal, states[-1])
-        target = to_go[1:] + costs
+        target = correction[1:-1].detach() + costs
         if not value.shared:  # only differences within a step matter, and the constants of A are arbitrary
             target -= processes.average(target.mean(1, keepdim=True))
         gap = of_data.mean() - of_generated.mean()
@@ -211,9 +211,11 @@ def value_step(
         value_loss = ((target - torch.stack(known)) ** 2).mean()
         # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
         norm = take_step(state.value_optimiser, energy_loss + steps * value_loss, processes)
-    found = {"energy_data": of_data.mean(), "energy_generated": of_generated.mean(), "energy_gap": gap}
-    found |= {"value_loss": value_loss}
-    return processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": norm}
+        found = {"energy_data": of_data.mean(), "energy_generated": of_generated.mean(), "energy_gap": gap}
+        found |= {"value_loss": value_loss}
+        metrics.append(processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": norm})
+    norms = [each["value_gradient_norm"] for each in metrics]
+    return metrics[0] | {"value_gradient_norm": next((norm for norm in norms if not norm < math.inf), max(norms))}
 
 
 def sampler_step(
@@ -229,11 +231,14 @@ def sampler_step(
         with torch.no_grad():
             before = state.sampler.step(x, i, every) if state.config.bf16 else law
     x_next = law.at(noise.flatten(0, 1))
-    state.value.requires_grad_(False)
+    learned = [p for p in state.value.parameters() if p.requires_grad]  # an energy of the user's may have frozen parts
+    for p in learned:
+        p.requires_grad_(False)
     to_go = state.value(x_next, i + 1, every).mean() + torch.as_tensor(reward_cost(state, goal, x_next[-b:])).mean() / steps
     cost = running_cost(state, i, x, x_next, law.std).mean()
     norm = take_step(state.sampler_optimiser, steps * (to_go + cost), processes, state.config.clip)
-    state.value.requires_grad_(True)
+    for p in learned:
+        p.requires_grad_(True)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
     if before is not None:
         keep_pace(state, processes.mean({"kl": divergence(state, before, x, i, every)})["kl"])

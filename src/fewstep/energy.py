@@ -34,7 +34,8 @@ class Value(nn.Module):
     radius: (N+1,), the size of the states of each step, `Sampler.radius()`. classes: of a conditional model, whose value
     takes cond["class_labels"] (b,), the index `classes` meaning no class. density: whether V has the part tau A. shared: one
     function of x for all steps (the paper's, for images). structured: a module x (b, *d) -> (b,) that is the last slice of C,
-    in place of a network of ours: an autoencoder's reconstruction error, say (the paper's, for anomalies).
+    in place of a network of ours: an autoencoder's reconstruction error, say (the paper's, for anomalies); with a density it is
+    weighted by a gain that is learned from 0.
     """
 
     radius: Tensor
@@ -59,6 +60,8 @@ class Value(nn.Module):
         self.of_class = nn.Embedding(classes + 1, features) if classes else None
         self.critic = scalar_net(shape, features)
         self.structured = structured
+        if structured is not None:
+            self.gain = nn.Parameter(torch.zeros(())) if density else 1.0
         self.density_net = scalar_net(shape, features) if density else None
         if density:  # V starts as the density alone
             nn.init.zeros_(self.critic.last.weight)
@@ -71,7 +74,8 @@ class Value(nn.Module):
         return [p for name, p in self.named_parameters() if name.startswith(("density", "log_precision"))]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.named_parameters() if not name.startswith(("density", "log_precision"))]
+        named = self.named_parameters()
+        return [p for name, p in named if p.requires_grad and not name.startswith(("density", "log_precision"))]
 
     def _labels(self, x: Tensor, cond: Cond) -> Tensor:
         assert self.classes is not None
@@ -99,7 +103,7 @@ class Value(nn.Module):
         last = i == self.steps
         if self.structured is None or not bool(last.any()):
             return found
-        return found.masked_scatter(last, self.structured(x[last]).to(found))
+        return found.masked_scatter(last, (self.gain * self.structured(x[last])).to(found))
 
     def forward(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Tensor:
         """x: (b, *d); i: one index, or one per sample (b,). Returns (b,)."""
@@ -113,23 +117,41 @@ class Value(nn.Module):
 
 def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig, structured: nn.Module | None = None) -> Value:
     """The untrained value that a FinetuneConfig describes; its weights depend on torch's global seed."""
-    if structured is not None:
-        require_energy(structured, shape)
     tau = config.tau if config.tau is not None else PUBLISHED_TAU
     classes = sampler.denoiser.classes
     density, shared = config.density_iterations > 0, config.value == "shared"
+    if structured is not None:
+        require_energy(structured, shape)
+        if shared:
+            raise ValueError("an energy of its own is a last slice of its own: it needs --value per_step")
+        if classes and not density:
+            raise ValueError("an energy that is not told the class cannot be all that a conditional model learns from")
     return Value(shape, sampler.radius(), tau, density, shared, classes, structured=structured)
 
 
 def require_energy(energy: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where a module is no energy of samples of this shape: (b, *shape) to (b,), with weights to learn."""
+    """Raises ValueError where a module is no energy of samples of this shape: (b, *shape) to (b,), each of its own, with weights
+    to learn, the same in training and in use."""
     if not isinstance(energy, nn.Module) or not any(p.requires_grad for p in energy.parameters()):
         raise ValueError(f"an energy is an nn.Module with parameters to learn; got {type(energy).__name__}")
-    with torch.no_grad():
-        found = energy(torch.zeros(2, *shape))
-    if not isinstance(found, Tensor) or found.shape != (2,):
-        form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"an energy maps samples (b, {', '.join(map(str, shape))}) to (b,); got {form} for 2 samples")
+    n = 1 + max(shape)  # no other axis is that long
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(next(energy.parameters()).device)
+    wanted = f"an energy maps samples (b, {', '.join(map(str, shape))}) to (b,)"
+    trains = energy.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            in_training, in_use = energy.train()(x), energy.eval()(x)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{wanted}; {type(energy).__name__} failed on {n} of them: {error}") from error
+    finally:
+        energy.train(trains)
+    if not isinstance(in_use, Tensor) or in_use.shape != (n,):
+        form = tuple(in_use.shape) if isinstance(in_use, Tensor) else type(in_use).__name__
+        raise ValueError(f"{wanted}; {type(energy).__name__} returns {form} for {n} of them")
+    if not torch.allclose(in_training, in_use):
+        raise ValueError(
+            f"{type(energy).__name__} differs between training and use; take batch statistics and dropout out of it"
+        )
 
 
 def density_loss(

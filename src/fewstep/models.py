@@ -6,6 +6,7 @@ weights, without the optimiser. A `prefer` that was given choices leaves prefere
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import sys
@@ -125,7 +126,11 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
     model = settings["model"]
     denoiser = load_denoiser(str((folder / model).resolve()) if settings["model_is_local"] else model)
     sampler = Sampler(denoiser, torch.tensor(settings["times"], dtype=torch.float64), settings["last_std"])
-    energy = load_energy(str((folder / settings["energy"]).resolve())) if "energy" in settings else None
+    energy = None
+    if "energy" in settings:
+        energy, found = load_energy(str((folder / settings["energy"]).resolve()))
+        if found != settings["energy_fingerprint"]:
+            raise ValueError(f"{settings['energy']} is not the file any more that {folder} learned with; restore it")
     value = make_value(sampler, tuple(settings["shape"]), config_of(FinetuneConfig, settings), energy)
     load_weights(sampler, folder / SAMPLER)
     load_weights(value, folder / VALUE)
@@ -143,11 +148,16 @@ def load_reward(name: str, device: str = "cpu") -> Callable[[Tensor], Tensor]:
     )
 
 
-def load_energy(name: str) -> nn.Module:
-    """The energy that `file.py:function` makes, without arguments: an nn.Module from samples (b, *d) to (b,)."""
+def load_energy(name: str) -> tuple[nn.Module, str]:
+    """The energy that `file.py:function` makes, without arguments: an nn.Module from samples (b, *d) to (b,); and what tells the
+    file from others."""
     if ".py:" not in name:
         raise ValueError(f"no energy {name!r}: give file.py:function, which makes an nn.Module from samples (b, *d) to (b,)")
-    return load_function(name)()
+    made, file = load_function(name), File(name.rpartition(":")[0])
+    try:
+        return made(), hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except TypeError as error:
+        raise ValueError(f"{name} makes an nn.Module and takes no arguments: {error}") from error
 
 
 def relative_to(name: str, folder: File) -> tuple[str, bool]:
