@@ -130,8 +130,10 @@ def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig,
 
 
 def require_energy(energy: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where a module is no energy of samples of this shape: (b, *shape) to (b,), each of its own, with weights
-    to learn, the same in training and in use."""
+    """Raises ValueError where a module is no energy of samples of this shape, (b, *shape) to (b,), each sample's its own.
+
+    It has weights to learn, and is the same in training and in use.
+    """
     if not isinstance(energy, nn.Module) or not any(p.requires_grad for p in energy.parameters()):
         raise ValueError(f"an energy is an nn.Module with parameters to learn; got {type(energy).__name__}")
     n = 1 + max(shape)  # no other axis is that long
