@@ -371,9 +371,8 @@ def document(folder: Path) -> dict:
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
         own = [row for row in rows if row["model"] == name]
-        settings, *others = [{k: v for k, v in row["settings"].items() if k != "seed"} for row in own if row["settings"]] or [
-            {}
-        ]
+        tuned = [row["settings"] for row in own if row["settings"]]
+        settings, *others = [{k: v for k, v in each.items() if k != "seed"} for each in tuned] or [{}]
         if any(other != settings for other in others):
             raise SystemExit(f"the fine-tuned rows of {name} have different settings; run them again with one")
         kept = ("method", "solver", "levels", "steps", "seed", "evaluations", "at", "kept", "sigmas", "seconds")

@@ -149,7 +149,7 @@ def load_reward(name: str, device: str = "cpu") -> Callable[[Tensor], Tensor]:
 
 
 def load_energy(name: str) -> tuple[nn.Module, str]:
-    """What `file.py:function` makes, without arguments, an nn.Module from samples (b, *d) to (b,); and the file's fingerprint."""
+    """What `file.py:function` makes without arguments, an nn.Module from samples (b, *d) to (b,), and its fingerprint."""
     if ".py:" not in name:
         raise ValueError(f"no energy {name!r}: give file.py:function, which makes an nn.Module from samples (b, *d) to (b,)")
     made, file = load_function(name), File(name.rpartition(":")[0])
