@@ -187,6 +187,14 @@ def test_an_energy_does_not_go_with_a_shared_value():
         make_value(state_of(density_iterations=0).sampler, (2,), FinetuneConfig(value="shared"), Flat(2, 1))
 
 
+def test_an_energy_that_is_not_told_the_class_needs_a_density_that_is():
+    denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)
+    sampler = Sampler(denoiser, karras(0.1, 10).times(denoiser.path, 3))
+    make_value(sampler, (2,), FinetuneConfig(), Flat(2, 1))
+    with pytest.raises(ValueError, match="not told the class"):
+        make_value(sampler, (2,), FinetuneConfig(density_iterations=0), Flat(2, 1))
+
+
 def test_several_critic_steps_use_fresh_data_and_the_same_rollouts(monkeypatch):
     seen, step = [], dxmi.value_step
 

@@ -198,7 +198,7 @@ def value_step(
         if value.density_net is not None:
             costs = costs + value.tau * value.density(x, i, joined(every)).reshape(-1, b).diff(dim=0)
         costs[-1] += reward_cost(state, goal, states[-1])
-    last, metrics = torch.full((b,), steps, device=states.device), list[dict[str, float]]()
+    last, found, norms = torch.full((b,), steps, device=states.device), dict[str, Tensor](), list[float]()
     for data, data_cond in batches:
         both = torch.cat([x, data]), torch.cat([i, last]), joined([*every, data_cond])
         correction = value.correction(*both).reshape(-1, b)
@@ -210,12 +210,12 @@ def value_step(
         energy_loss = gap + state.config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
         value_loss = ((target - torch.stack(known)) ** 2).mean()
         # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
-        norm = take_step(state.value_optimiser, energy_loss + steps * value_loss, processes)
-        found = {"energy_data": of_data.mean(), "energy_generated": of_generated.mean(), "energy_gap": gap}
-        found |= {"value_loss": value_loss}
-        metrics.append(processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": norm})
-    norms = [each["value_gradient_norm"] for each in metrics]
-    return metrics[0] | {"value_gradient_norm": next((norm for norm in norms if not norm < math.inf), max(norms))}
+        norms.append(take_step(state.value_optimiser, energy_loss + steps * value_loss, processes))
+        if not found:
+            found = {"energy_data": of_data.mean(), "energy_generated": of_generated.mean(), "energy_gap": gap}
+            found["value_loss"] = value_loss
+    worst = next((norm for norm in norms if not norm < math.inf), max(norms))
+    return processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": worst}
 
 
 def sampler_step(
