@@ -125,8 +125,8 @@ def judge(scale: Scale, samples: Tensor, energy: Energy | None, g: torch.Generat
 class FromStandardNormal(Tabulated):
     """A table of alpha-bar whose sampler starts at N(0, I) although its noisiest level is far from pure noise."""
 
-    def start(self, n, shape, generator=None, t=1.0, dtype=torch.float32, device="cpu"):
-        return super().start(n, shape, generator, t, dtype, device) / float(self.sigma(t))
+    def start_from(self, noise, t=1.0):
+        return noise
 
 
 @functools.cache

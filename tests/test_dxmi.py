@@ -443,11 +443,12 @@ def test_the_trust_region_finds_the_rate_at_which_an_iteration_moves_the_policy_
         if state.step == 301:
             break
     i, moves = torch.arange(3).repeat_interleave(64), []
-    for _ in range(9):  # none of which looks at the pace
+    for _ in range(50):  # the pace is an estimate, made anew in every tenth
         x = state.sampler.rollout(state.sampler.start(64, (2,), g), g)[:-1].flatten(0, 1)
         before = state.sampler.step(x, i)
         dxmi.iterate(state, Goal(data))
         moves.append(dxmi.divergence(state, before, x, i, None))
+        state.step += 1
     assert state.rolled_back == 0
     assert 0.5e-4 < sum(moves) / len(moves) < 2e-4
 
@@ -565,3 +566,36 @@ def test_fine_tuning_halves_the_excess_on_the_8_gaussians_and_its_energy_detects
     energy = state.averaged_value.module.energy
     with torch.no_grad():
         assert auroc(energy(reference), energy(torch.rand(n, 2, generator=g) * 8 - 4)) > 0.85
+
+
+def test_the_models_score_stands_in_for_the_densitys_before_the_last_slice():
+    """Values stay V's; of N(0, I), gradients are tau x/(alpha^2 + sigma^2)/D where the untrained density has others."""
+    state = state_of(VP(), score="model")
+    torch.nn.init.normal_(state.value.density_net.last.weight)
+    i, path = torch.tensor([1, 1, 2, 2, 3, 3]), state.sampler.path
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    found = dxmi.next_value(state, x, i)
+    assert torch.allclose(found, state.value(x, i), atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    (own,) = torch.autograd.grad(state.value(x, i).sum(), x)
+    t = state.sampler.times[i]
+    exact = (state.value.tau * x / 2 / (path.alpha(t) ** 2 + path.sigma(t) ** 2)[:, None]).detach().float()
+    assert torch.allclose(gradient[:4], exact[:4], atol=1e-6)
+    assert not torch.allclose(own[:4], exact[:4], atol=1e-2)
+    assert torch.allclose(gradient[4:], own[4:], atol=1e-6)
+
+
+def test_the_models_score_needs_a_density():
+    with pytest.raises(ValueError, match="density_iterations"):
+        state_of(score="model", density_iterations=0)
+
+
+def test_a_model_whose_noisiest_level_shows_the_data_is_started_where_they_are():
+    """Data far wider than the noisiest level: the rollouts' start has the data's spread, not the noise's alone."""
+    state, g = state_of(VE(0.1, 10), iterations=1, density_iterations=1), torch.Generator().manual_seed(0)
+    data = torch.randn(2000, 2, generator=g) * torch.tensor([30.0, 0.05]) + 1
+    for _ in finetune(state, data):
+        pass
+    x = state.averaged.module.start(4000, (2,), g)
+    assert torch.allclose(x.std(0), torch.tensor([math.hypot(30, 10), 10.0]), rtol=0.07)
+    assert torch.allclose(x.mean(0), torch.ones(2), atol=1.5)

@@ -10,7 +10,7 @@ from fewstep.energy import Value
 from fewstep.mixture import Mixture, ring
 from fewstep.networks import MLPDenoiser
 from fewstep.path import VE, VP, Cosine, Linear, Path, Tabulated
-from fewstep.sampler import Sampler, Transition
+from fewstep.sampler import Sampler, Transition, in_steps, start_where_data_are
 from fewstep.schedule import karras, linear, log_linear
 from fewstep.solvers import ancestral_std, solve
 
@@ -333,3 +333,39 @@ def test_a_value_sees_the_states_of_a_ve_path_at_the_datas_size():
 def test_a_value_has_no_step_beyond_the_last():
     with pytest.raises(IndexError):
         Value((2,), torch.ones(6))(torch.zeros(1, 2), 6)
+
+
+def wide_gaussian(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """n points of 4 x 4, and their covariance: three wide directions, the others of variance .01; mean 1."""
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))[0]
+    variance = torch.tensor([9.0, 4.0, 1.0] + [0.01] * 13)
+    x = 1 + torch.randn(n, 16, generator=torch.Generator().manual_seed(2)) * variance.sqrt() @ basis.T
+    return x.reshape(n, 1, 4, 4), (basis * variance) @ basis.T
+
+
+@pytest.mark.parametrize(("sigma_max", "known"), [(0.5, 3), (1.5, 2), (4.0, 0)])
+def test_a_start_where_the_data_are_has_their_moments(sigma_max: float, known: int) -> None:
+    path = VP(beta_max=2 * math.log(1 + sigma_max**2) - 0.1)  # alpha^2 = 1/(1 + sigma_max^2) at the end
+    data, covariance = wide_gaussian(10_000)
+    sampler = Sampler(Mixture(torch.zeros(1, 16), 1.0, path=path), karras(0.1, path.sigma_max).times(path, 3))
+    t = sampler.times[0]
+    plain = sampler.start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
+    start_where_data_are(sampler, data)
+    x = sampler.start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
+    if not known:  # noise hides the data: nothing changes
+        assert torch.equal(x, plain)
+        return
+    assert sampler.start_basis is not None
+    assert sampler.start_basis.shape == (known, 1, 4, 4)
+    alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+    variances, directions = torch.linalg.eigh(covariance)
+    variances[:-known] = 0
+    wanted = alpha**2 * (directions * variances) @ directions.T + sigma**2 * torch.eye(16)
+    assert (x.flatten(1).mean(0) - alpha).abs().max() < 0.1
+    assert (torch.cov(x.flatten(1).T) - wanted).abs().max() < 0.06 * float(wanted.max())
+    fresh = Sampler(Mixture(torch.zeros(1, 16), 1.0, path=path), sampler.times)
+    fresh.load_state_dict(sampler.state_dict())
+    again = fresh.start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
+    assert torch.equal(again, x)
+    more = in_steps(sampler, 5).start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
+    assert torch.equal(more, x)

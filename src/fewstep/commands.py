@@ -216,10 +216,12 @@ def generate(
     done, evaluations = [], 0
     here = {k: v.to(device) for k, v in cond.items()} if cond else None
     for rows in track(torch.arange(count).split(batch_size), -(-count // batch_size), "sampling"):
-        x, told = start[rows].to(device) * float(model.path.sigma(times[0])), deal(here, rows)
+        x, told = start[rows].to(device), deal(here, rows)
         if isinstance(model, Sampler):
-            result, evaluations = model.sample(x, generator, told), model.steps * model.denoiser.evaluations
+            result = model.sample(model.start_from(x), generator, told)
+            evaluations = model.steps * model.denoiser.evaluations
         else:
+            x = model.path.start_from(x, times[0])
             result, evaluations, _ = solve(model, x, times, solver, cond=told, generator=generator)
         done.append(result.cpu())
     return torch.cat(done), evaluations

@@ -37,13 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
-from fewstep.denoiser import Cond, Denoiser
+from fewstep.denoiser import Cond, Denoiser, to_score
 from fewstep.energy import Value, density_loss, joined, make_value
 from fewstep.goal import Goal, condition, make_goal
 from fewstep.metrics import sliced_wasserstein
 from fewstep.path import broadcast
 from fewstep.processes import ALONE, Processes
-from fewstep.sampler import Sampler, Transition, posterior_std
+from fewstep.sampler import Sampler, Transition, posterior_std, start_where_data_are
 from fewstep.training import averaged
 
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
@@ -58,10 +58,10 @@ class FinetuneState:
 
     step counts the density's iterations first, then the sampler's. rate: share of the learning rates that is left after
     roll-backs; pace: share of the sampler's that the trust region leaves. best: weights of the averaged sampler and value with
-    the least `held_out_sw`, where data are held out.
+    the least `held_out_sw`, where data are held out. model: the pretrained denoiser as it was, for config.score "model".
     """
 
-    def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig):
+    def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig, model: Denoiser | None = None):
         if value.steps != sampler.steps:
             raise ValueError(f"the value is made for {value.steps} steps, the sampler takes {sampler.steps}")
         if not any(p.requires_grad for p in sampler.denoiser.parameters()):
@@ -69,7 +69,9 @@ class FinetuneState:
                 "the sampler's denoiser has no parameters to train; hand its network over as an nn.Module, not as a function "
                 "around one"
             )
-        self.config, self.sampler, self.value = config, sampler, value
+        if config.score == "model" and (model is None or value.density_net is None):
+            raise ValueError("the model's score takes the place of a density's: it needs the model, and density_iterations")
+        self.config, self.sampler, self.value, self.model = config, sampler, value, model
         self.averaged = averaged(sampler, config.ema)
         self.averaged_value = averaged(value, config.ema)
         betas = (config.momentum, 0.999)
@@ -218,6 +220,25 @@ def value_step(
     return processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": worst}
 
 
+def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) -> Tensor:
+    """V(x, i) of states x (b, *d) before steps i (b,) in order, i >= 1: (b,).
+
+    With config.score "model" its gradient has the pretrained model's score in the place of -D grad A, before the last slice:
+    of what the density has learned in a short while the values will do, but the slopes are worse than the model's.
+    """
+    if state.config.score == "density" or state.model is None:
+        return state.value(x, i, cond)
+    n = int((i < state.value.steps).sum())
+    with torch.no_grad():
+        known, t = x[:n], state.sampler.times[i[:n]].cpu()
+        x0 = state.model(known, t, None if cond is None else {k: v[:n] for k, v in cond.items()})
+        slope = -to_score(x0, known, state.model.path, t) / state.value.dimensions
+    flat = torch.cat([x[:n].detach(), x[n:]])
+    rise = ((x[:n] - known) * slope).flatten(1).sum(1)  # 0, but for its gradient
+    inner = state.value.density(flat, i, cond) + torch.cat([rise, rise.new_zeros(len(x) - n)])
+    return state.value.tau * inner + state.value.correction(x, i, cond)
+
+
 def sampler_step(
     state: FinetuneState, goal: Goal, x: Tensor, noise: Tensor, cond: Cond = None, processes: Processes = ALONE
 ) -> dict[str, float]:
@@ -234,7 +255,9 @@ def sampler_step(
     learned = [p for p in state.value.parameters() if p.requires_grad]  # an energy of the user's may have frozen parts
     for p in learned:
         p.requires_grad_(False)
-    to_go = state.value(x_next, i + 1, every).mean() + torch.as_tensor(reward_cost(state, goal, x_next[-b:])).mean() / steps
+    to_go = (
+        next_value(state, x_next, i + 1, every).mean() + torch.as_tensor(reward_cost(state, goal, x_next[-b:])).mean() / steps
+    )
     cost = running_cost(state, i, x, x_next, law.std).mean()
     norm = take_step(state.sampler_optimiser, steps * (to_go + cost), processes, state.config.clip)
     for p in learned:
@@ -296,8 +319,9 @@ def density_step(
 
 @torch.no_grad()
 def start_sampler(state: FinetuneState, goal: Goal) -> None:
-    """When the density is known: the noise of each step from the data's posterior, and tau from the density's spread."""
+    """When the density is known: where rollouts start, the noise of each step, and tau from the density's spread."""
     config, sampler = state.config, state.sampler
+    start_where_data_are(sampler, goal.data, config.seed)
     rows = goal.rows(FEW, state.generator)
     noise = torch.randn(2, len(rows), *goal.data.shape[1:], generator=state.generator)
     data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
@@ -329,7 +353,7 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, config.lr_value), strict=True):
         group["lr"] = lr * state.left
     start, on_the_way, redrawn, last = noise.tensor_split((1, steps + 1, 2 * steps + 1))
-    start = float(sampler.path.sigma(sampler.times[0].cpu())) * start[0]
+    start = sampler.start_from(start[0])
     with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
         states = sampler.rollout(start, cond=conds[0], noise=on_the_way)
     if config.velocity_decay < 1:
@@ -426,6 +450,7 @@ def make_state(
 
     energy: a module from samples (b, *shape) to (b,) whose structure the energy is to have (`Value`).
     """
+    model = copy.deepcopy(denoiser).requires_grad_(False) if config.score == "model" else None
     own = copy.deepcopy(denoiser).requires_grad_(True)
     if config.compile:
         own.compile()
@@ -434,4 +459,4 @@ def make_state(
         torch.manual_seed(config.seed)
         value = make_value(sampler, shape, config, copy.deepcopy(energy))
     device = next(own.parameters(), torch.empty(0)).device
-    return FinetuneState(sampler.to(device), value.to(device), config)
+    return FinetuneState(sampler.to(device), value.to(device), config, model)

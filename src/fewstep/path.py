@@ -78,9 +78,12 @@ class Path(ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """n draws of shape (n, *shape) to start a solver from at time t: sigma(t) times standard normal noise."""
+        """n draws of shape (n, *shape) to start a solver from at time t."""
         where = generator.device if generator is not None else device
-        noise = torch.randn(n, *shape, generator=generator, dtype=dtype, device=where).to(device)
+        return self.start_from(torch.randn(n, *shape, generator=generator, dtype=dtype, device=where).to(device), t)
+
+    def start_from(self, noise: Tensor, t: Tensor | float = 1.0) -> Tensor:
+        """The start that standard normal noise (b, *d) stands for: sigma(t) times it."""
         return broadcast(self.sigma(t), noise) * noise
 
     def __repr__(self) -> str:

@@ -22,6 +22,8 @@ from fewstep.path import Path, broadcast
 from fewstep.schedule import Schedule, bend
 from fewstep.solvers import ancestral_std, require_times
 
+START_COMPONENTS, START_ROWS = 64, 10_000
+
 
 class Transition(NamedTuple):
     """N(mean, std^2 I): mean (b, *d), std () or (b,)."""
@@ -41,9 +43,14 @@ class Transition(NamedTuple):
 
 
 class Sampler(nn.Module):
-    """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step."""
+    """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step.
+
+    start_mean (*d) and start_basis (K, *d): where rollouts start, if that is not noise alone (`start_where_data_are`).
+    """
 
     times: Tensor
+    start_mean: Tensor | None
+    start_basis: Tensor | None
     of_x: Tensor
     of_x0: Tensor
     last_std: Tensor
@@ -64,6 +71,14 @@ class Sampler(nn.Module):
         self.register_buffer("of_x0", path.alpha(s) - of_x * path.alpha(t), persistent=False)
         self.register_buffer("last_std", torch.tensor([last_std], dtype=torch.float32))
         self.log_std = nn.Parameter(std[:-1].log().float())
+        self.register_buffer("start_mean", None)
+        self.register_buffer("start_basis", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name in ("start_mean", "start_basis"):  # of the data's shape, which only the file knows
+            found = state_dict.get(prefix + name)
+            setattr(self, name, None if found is None else torch.empty_like(found, device=self.log_std.device))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def path(self) -> Path:
@@ -101,7 +116,16 @@ class Sampler(nn.Module):
 
     def start(self, n: int, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """n states to roll out from: (n, *shape), on the sampler's device."""
-        return self.path.start(n, shape, generator, self.times[0].cpu(), self.log_std.dtype, self.log_std.device)
+        where = generator.device if generator is not None else self.log_std.device
+        return self.start_from(torch.randn(n, *shape, generator=generator, dtype=self.log_std.dtype, device=where))
+
+    def start_from(self, noise: Tensor) -> Tensor:
+        """The states to roll out from that standard normal noise (b, *d) stands for: (b, *d), on the sampler's device."""
+        noise, t = noise.to(self.log_std), self.times[0].cpu()
+        if self.start_mean is None or self.start_basis is None:
+            return self.path.start_from(noise, t)
+        basis = self.start_basis.flatten(1)
+        return self.start_mean + float(self.path.sigma(t)) * noise + (noise.flatten(1) @ basis.T @ basis).reshape(noise.shape)
 
     @torch.no_grad()
     def rollout(
@@ -147,6 +171,30 @@ class Sampler(nn.Module):
 
 
 @torch.no_grad()
+def start_where_data_are(sampler: Sampler, data: Tensor, seed: int = 0) -> None:
+    """Start the sampler's rollouts at the Gaussian of the data noised to its first level, where noise alone is far from it.
+
+    Many models end their noising while the data still show (Lin et al. 2024), and are sampled from noise alone, which their
+    networks have never seen. Of the principal components of data (n, *d), at most 64, those with alpha^2 variance > sigma^2
+    are given their own variance, alpha^2 variance + sigma^2, and all the mean of the data, times alpha. Where there is no such
+    component nothing changes.
+    """
+    t = sampler.times[0].cpu()
+    alpha, sigma = float(sampler.path.alpha(t)), float(sampler.path.sigma(t))
+    with torch.random.fork_rng([data.device] if data.is_cuda else []):
+        torch.manual_seed(seed)
+        some = torch.randperm(len(data))[:START_ROWS].to(data.device)
+        rows = data[some].flatten(1).to(sampler.log_std)
+        _, singular, components = torch.pca_lowrank(rows, min(START_COMPONENTS, *rows.shape))
+    variance = alpha**2 * singular**2 / len(rows)
+    shown = variance > sigma**2
+    if bool(shown.any()):
+        gain = (torch.sqrt(variance[shown] + sigma**2) - sigma).sqrt()  # (sigma + gain^2)^2 = variance + sigma^2
+        sampler.start_basis = (gain * components[:, shown]).T.reshape(-1, *data.shape[1:]).contiguous()
+        sampler.start_mean = alpha * rows.mean(0).reshape(data.shape[1:])
+
+
+@torch.no_grad()
 def posterior_std(sampler: Sampler, data: Tensor, noise: Tensor, cond: Cond = None) -> Tensor:
     """The noise that gives every step but the last its right variance, x0 being unknown: (N-1,).
 
@@ -181,6 +229,7 @@ def in_steps(sampler: Sampler, steps: int) -> Sampler:
         knots = torch.cat([knots, knots.new_tensor([min(float(knots[-1]) / 2, cleanest)])])
     curve = Schedule(torch.linspace(0, 1, len(knots), dtype=torch.float64), knots, to_data=to_data)
     other = Sampler(sampler.denoiser, curve.times(path, steps), float(sampler.last_std)).to(sampler.log_std.device)
+    other.start_mean, other.start_basis = sampler.start_mean, sampler.start_basis
     if min(steps, sampler.steps) > 1:
         known, new = (ancestral_std(path, s.times[:-2].cpu(), s.times[1:-1].cpu()) for s in (sampler, other))
         excess = (sampler.std().detach().cpu()[:-1] ** 2 - known**2) / sampler.of_x0.cpu()[:-1] ** 2
