@@ -48,7 +48,7 @@ from fewstep.fit import fit
 from fewstep.metrics import class_coverage, frechet_distance, precision_recall
 from fewstep.path import Tabulated
 from fewstep.run import fingerprint, load_tree, read_config, read_lines, save_tree, write_json
-from fewstep.sampler import Sampler
+from fewstep.sampler import Sampler, start_where_data_are
 from fewstep.schedule import Schedule, karras, kl_optimal
 from schedules import append
 from tables import images
@@ -61,18 +61,19 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(iterations=120, density_iterations=600, batch_size=32, critic_steps=4, lr_value=3e-4)
+SHORT_RUN = FinetuneConfig(iterations=160, density_iterations=600, batch_size=32, score="model")
 FINETUNE = {
     "digits": FinetuneConfig(),
     "mnist_slim": SHORT_RUN,
     "fashion": SHORT_RUN,
 }
+MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """solver: of `fewstep sample`, or "fine-tuned". levels: own, karras or learned."""
+    """solver: of `fewstep sample`, "fine-tuned", or MOVED. levels: own, karras or learned."""
 
     solver: str
     levels: str
@@ -87,14 +88,16 @@ class Cell:
         return f"{self.method}, {self.steps} steps, seed {self.seed}"
 
 
-def cells(full: int) -> Iterator[Cell]:
+def cells(full: int, moved: bool) -> Iterator[Cell]:
     for steps in (4, 10, 50, full):
         yield Cell("ancestral", "own", steps)
+        if moved:
+            yield Cell(MOVED, "learned" if steps <= SHORT else "own", steps)
     for steps in (4, 10):
         yield Cell("ddim", "own", steps)
         for levels in ("karras", "learned"):
             yield Cell("dpmpp_2m", levels, steps)
-            yield Cell("ancestral", levels, steps)  # where fine-tuning starts from, at eta = 1
+            yield Cell("ancestral", levels, steps)
             for seed in range(3 if steps == 4 else 1):
                 yield Cell("fine-tuned", levels, steps, seed)
 
@@ -167,6 +170,7 @@ class Subject:
     about: str  # the classifier, in words
     args: argparse.Namespace
     low: float | None = None
+    moved: bool = False  # the noisiest level shows the data
 
     @property
     def rows(self) -> Path:
@@ -195,7 +199,7 @@ class Subject:
         return int(path.index(1.0)) if isinstance(path, Tabulated) else 200
 
     def cells(self) -> list[Cell]:
-        return list(cells(20 if self.args.quick else self.full))
+        return list(cells(20 if self.args.quick else self.full, self.moved))
 
     @cached_property
     def net(self) -> Classifier:
@@ -268,6 +272,18 @@ class Subject:
             raise SystemExit(f"{out} was made with other settings; remove it")
         return models.load_sampler(out, self.args.device)[0].to(memory_format=torch.channels_last)
 
+    def ready(self, cell: Cell) -> tuple[Denoiser | Sampler, str, Tensor]:
+        """What a cell is sampled with: a model with its solver, or a sampler, and the times."""
+        if cell.solver == "fine-tuned":
+            sampler = self.sampler(cell)
+            return sampler, "", sampler.times.cpu()
+        times = self.times(cell)
+        if cell.solver != MOVED:
+            return self.denoiser, cell.solver, times
+        sampler = Sampler(self.denoiser, times)
+        start_where_data_are(sampler, self.data.train)
+        return sampler, "", times
+
 
 def own_times(denoiser: Denoiser, steps: int) -> Tensor:
     """The levels that the model is sampled at without us: its default ones, evenly spaced indices of a discrete model, or
@@ -291,7 +307,7 @@ def available(args: argparse.Namespace) -> list[Subject]:
     if args.mnist:
         slim = f"{HERE.parent / 'examples' / 'mnist_slim.py'}:denoiser"
         about = "ccexam's, third-party; images in 28 x 28"
-        made.append(Subject("mnist_slim", slim, Source("mnist", args.mnist, 32), args.classifier, about, args, 0.05))
+        made.append(Subject("mnist_slim", slim, Source("mnist", args.mnist, 32), args.classifier, about, args, 0.05, True))
     if args.fashion:
         about = "a small convolutional network, trained here for 2 epochs"
         made.append(Subject("fashion", args.fashion, Source("fashion-mnist", args.fashion_data), 2, about, args))
@@ -303,9 +319,7 @@ def available(args: argparse.Namespace) -> list[Subject]:
 
 def run_cell(subject: Subject, cell: Cell) -> dict:
     args, key = subject.args, subject.key(cell)
-    solver = "" if cell.solver == "fine-tuned" else cell.solver
-    model = subject.denoiser if solver else subject.sampler(cell)
-    times = model.times.cpu() if isinstance(model, Sampler) else subject.times(cell)
+    model, solver, times = subject.ready(cell)
 
     def drawn(count: int, seed: int) -> tuple[Tensor, int]:
         return generate(model, times, count, subject.data.shape, solver, seed, args.device, BATCH)
