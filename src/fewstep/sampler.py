@@ -179,9 +179,9 @@ def start_where_data_are(sampler: Sampler, data: Tensor, seed: int = 0) -> None:
     are given their own variance, alpha^2 variance + sigma^2, and all the mean of the data, times alpha. Where there is no such
     component nothing changes.
     """
-    t = sampler.times[0].cpu()
+    t, device = sampler.times[0].cpu(), sampler.log_std.device
     alpha, sigma = float(sampler.path.alpha(t)), float(sampler.path.sigma(t))
-    with torch.random.fork_rng([data.device] if data.is_cuda else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         some = torch.randperm(len(data))[:START_ROWS].to(data.device)
         rows = data[some].flatten(1).to(sampler.log_std)
