@@ -70,7 +70,9 @@ class FinetuneState:
                 "around one"
             )
         if config.score == "model" and (model is None or value.density_net is None):
-            raise ValueError("the model's score takes the place of a density's: it needs the model, and density_iterations")
+            raise ValueError(
+                'score "model" needs the pretrained model, and a density beside it: density_iterations of at least 1'
+            )
         self.config, self.sampler, self.value, self.model = config, sampler, value, model
         self.averaged = averaged(sampler, config.ema)
         self.averaged_value = averaged(value, config.ema)
