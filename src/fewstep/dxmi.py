@@ -15,8 +15,8 @@ First A, from the data alone (`density_loss`). Then, per iteration, on one batch
 The paper has no A. Its energy, held to 0 by gamma, has the optimum (pi - p)/(2 gamma (pi + p)), which is 0 where pi = p:
 then nothing but entropy is left to follow, and the sampler spreads too far. Here gamma holds E to tau A instead, so that
 p = pi = q is a fixed point: C = 0, E = tau A, and exp(-A) is the density (docs/guide.md). A costs `density_iterations`;
-with none, all is the paper's. The sampler's rate is what moves its policy by `trust` nats an iteration (`keep_pace`), and it may
-follow the pretrained model's score in the place of A's (`next_value`).
+with none, all is the paper's. The sampler's rate is what moves its policy by `trust` nats an iteration (`keep_pace`), and
+it may follow the pretrained model's score in the place of A's (`next_value`).
 
 c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper takes
 k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not charge for
