@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.commands import generate
 from fewstep.denoiser import Denoiser, Guided
 from fewstep.energy import Value
 from fewstep.mixture import Mixture, ring
@@ -369,3 +370,16 @@ def test_a_start_where_the_data_are_has_their_moments(sigma_max: float, known: i
     assert torch.equal(again, x)
     more = in_steps(sampler, 5).start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
     assert torch.equal(more, x)
+
+
+def test_samples_of_data_wider_than_the_noisiest_level_need_a_start_where_they_are() -> None:
+    """Exact denoiser of N(0, 30^2), noisiest level 10: drawn as `fewstep sample` draws, with that start and without."""
+    path = VE(0.1, 10)
+    sampler = Sampler(Mixture(torch.zeros(1, 2), 30.0, path=path), karras(0.1, 10).times(path, 100))
+
+    def spread() -> float:
+        return float(generate(sampler, sampler.times, 4000, (2,), "", 0)[0].std())
+
+    assert spread() < 15
+    start_where_data_are(sampler, 30 * torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)))
+    assert spread() == pytest.approx(30, rel=0.03)
