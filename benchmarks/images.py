@@ -280,7 +280,7 @@ class Subject:
         times = self.times(cell)
         if cell.solver != MOVED:
             return self.denoiser, cell.solver, times
-        sampler = Sampler(self.denoiser, times)
+        sampler = Sampler(self.denoiser, times).to(self.args.device)
         start_where_data_are(sampler, self.data.train)
         return sampler, "", times
 

@@ -175,7 +175,7 @@ class FinetuneConfig:
     without a density the paper's 0.1."""
     score: Literal["density", "model"] = "density"
     """Whose score the sampler follows before its last step: the learned density's, or the pretrained model's, which was
-    better for images in ten steps and for large ones (docs/log.md) and costs an evaluation more per transition."""
+    better on MNIST, and on the digits in ten steps (docs/log.md), and costs an evaluation more per transition, in float32."""
     gamma: Positive = 1.0
     """Weight of the square of the energy's correction, which bounds it."""
     value: Literal["per_step", "shared"] = "per_step"

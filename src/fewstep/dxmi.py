@@ -52,6 +52,7 @@ LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between
 ROLL_BACKS = 5
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
+MANY = 10_000  # data whose principal components are taken
 
 
 class FinetuneState:
@@ -74,7 +75,8 @@ class FinetuneState:
             raise ValueError(
                 'score "model" needs the pretrained model, and a density beside it: density_iterations of at least 1'
             )
-        self.config, self.sampler, self.value, self.model = config, sampler, value, model
+        self.config, self.sampler, self.value = config, sampler, value
+        self.model = model if config.score == "model" else None
         self.averaged = averaged(sampler, config.ema)
         self.averaged_value = averaged(value, config.ema)
         betas = (config.momentum, 0.999)
@@ -229,10 +231,10 @@ def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) ->
     With config.score "model" its gradient has the pretrained model's score in the place of -D grad A, before the last slice:
     of what the density has learned in a short while the values will do, but the slopes are worse than the model's.
     """
-    if state.config.score == "density" or state.model is None:
-        return state.value(x, i, cond)
     n = int((i < state.value.steps).sum())
-    with torch.no_grad():
+    if state.model is None or not n:
+        return state.value(x, i, cond)
+    with torch.no_grad():  # in full precision: a score divides by sigma
         known, t = x[:n], state.sampler.times[i[:n]].cpu()
         x0 = state.model(known, t, None if cond is None else {k: v[:n] for k, v in cond.items()})
         slope = -to_score(x0, known, state.model.path, t) / state.value.dimensions
@@ -323,7 +325,8 @@ def density_step(
 def start_sampler(state: FinetuneState, goal: Goal) -> None:
     """When the density is known: where rollouts start, the noise of each step, and tau from the density's spread."""
     config, sampler = state.config, state.sampler
-    start_where_data_are(sampler, goal.data, config.seed)
+    some = goal.rows(MANY, torch.Generator().manual_seed(config.seed))
+    start_where_data_are(sampler, goal.data[some.to(goal.data.device)])
     rows = goal.rows(FEW, state.generator)
     noise = torch.randn(2, len(rows), *goal.data.shape[1:], generator=state.generator)
     data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
@@ -452,7 +455,7 @@ def make_state(
 
     energy: a module from samples (b, *shape) to (b,) whose structure the energy is to have (`Value`).
     """
-    model = copy.deepcopy(denoiser).requires_grad_(False) if config.score == "model" else None
+    model = copy.deepcopy(denoiser).eval().requires_grad_(False) if config.score == "model" else None
     own = copy.deepcopy(denoiser).requires_grad_(True)
     if config.compile:
         own.compile()

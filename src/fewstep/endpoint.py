@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser
-from fewstep.path import HALF_PI, as_time, broadcast
+from fewstep.path import HALF_PI, as_time
 from fewstep.schedule import log_linear
 from fewstep.solvers import ORDER, SOLVERS, STOCHASTIC
 
@@ -68,7 +68,7 @@ def deal(cond: Mapping[str, Tensor] | None, rows: Tensor) -> dict[str, Tensor] |
 class Runs:
     """A solver's end as a function of its levels, from fixed noises (m, *d), standard normal; counts its evaluations.
 
-    A run starts from sigma(times[0]) times the noise. The solver must be deterministic.
+    A run starts from what the path makes of the noise (`path.start_from`). The solver must be deterministic.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Runs:
             return log[-1][1]
 
         times = torch.cat([path.time(theta), theta.new_zeros(1)])
-        start = broadcast(path.sigma(times[0]), self.noise) * self.noise
+        start = path.start_from(self.noise, times[0])
         *_, x = SOLVERS[self.solver](predict, start, path, times, torch.randn_like)
         return x, log
 

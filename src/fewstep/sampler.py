@@ -22,7 +22,7 @@ from fewstep.path import Path, broadcast
 from fewstep.schedule import Schedule, bend
 from fewstep.solvers import ancestral_std, require_times
 
-START_COMPONENTS, START_ROWS = 64, 10_000
+START_COMPONENTS = 64
 
 
 class Transition(NamedTuple):
@@ -171,20 +171,18 @@ class Sampler(nn.Module):
 
 
 @torch.no_grad()
-def start_where_data_are(sampler: Sampler, data: Tensor, seed: int = 0) -> None:
+def start_where_data_are(sampler: Sampler, data: Tensor) -> None:
     """Start the sampler's rollouts at the Gaussian of the data noised to its first level, where noise alone is far from it.
 
     Many models end their noising while the data still show (Lin et al. 2024), and are sampled from noise alone, which their
     networks have never seen. Of the principal components of data (n, *d), at most 64, those with alpha^2 variance > sigma^2
     are given their own variance, alpha^2 variance + sigma^2, and all the mean of the data, times alpha. Where there is no such
-    component nothing changes.
+    component nothing changes. The data of all classes make one Gaussian, whatever class is asked for.
     """
-    t, device = sampler.times[0].cpu(), sampler.log_std.device
+    t, device, rows = sampler.times[0].cpu(), sampler.log_std.device, data.flatten(1).to(sampler.log_std)
     alpha, sigma = float(sampler.path.alpha(t)), float(sampler.path.sigma(t))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        some = torch.randperm(len(data))[:START_ROWS].to(data.device)
-        rows = data[some].flatten(1).to(sampler.log_std)
+        torch.manual_seed(0)  # of a randomised decomposition
         _, singular, components = torch.pca_lowrank(rows, min(START_COMPONENTS, *rows.shape))
     variance = alpha**2 * singular**2 / len(rows)
     shown = variance > sigma**2
