@@ -107,6 +107,23 @@ def test_a_conditional_model_serves_the_commands_that_know_no_labels(conditional
     assert row["sw"] < 0.8  # the data's radius is 2.9: both classes are there
 
 
+def test_evaluation_tells_classes_in_the_shares_of_the_data(conditional, tmp_path):
+    """Data of class 1 alone, at 2: told so, every sample lies there; not told, half of them would be 4 away."""
+    with np.load(conditional / "points.npz") as points:
+        one = points["y"] == 1
+        np.savez(tmp_path / "ones.npz", x=points["x"][one], y=points["y"][one])
+    names = ("--model", conditional / "model", "--sampler", conditional / "sampler", "--data", tmp_path / "ones.npz")
+    few = ("--schedule", "karras", "--steps", 6, "--sampler-steps", 2, "--sampler-steps", 3, "--count", 300, "--seeds", 1)
+    rows = {}
+    for name, more in (("plain", ()), ("guided", ("--guidance", 1.5))):
+        fewstep("evaluate", *names, *few, *more, "--out", tmp_path / name)
+        rows[name] = [json.loads(line) for line in (tmp_path / name / "evaluation.jsonl").read_text().splitlines()]
+        assert all(row["sw"] < 0.5 for row in rows[name])
+    assert [row["evaluations"] for row in rows["plain"]] == [6, 2, 3]
+    assert [row["evaluations"] for row in rows["guided"]] == [12, 2, 3]
+    assert rows["guided"][1:] == rows["plain"][1:]
+
+
 def test_a_labelled_run_continues_where_it_stood_and_notices_other_labels(conditional, tmp_path, capsys):
     with np.load(conditional / "points.npz") as points:
         x, y = points["x"], points["y"]
@@ -120,9 +137,15 @@ def test_a_labelled_run_continues_where_it_stood_and_notices_other_labels(condit
 
 def test_mistakes_with_labels_give_one_line(conditional, trained, tmp_path, capsys):
     x = np.random.default_rng(0).normal(size=(50, 2))
-    for name, y in (("from1", np.arange(50) % 3 + 1), ("gap", np.arange(50) % 3 * 2), ("named", np.array(["a", "b"] * 25))):
+    for name, y in (
+        ("three", np.arange(50) % 3),
+        ("from1", np.arange(50) % 3 + 1),
+        ("gap", np.arange(50) % 3 * 2),
+        ("named", np.array(["a", "b"] * 25)),
+    ):
         np.savez(tmp_path / f"{name}.npz", x=x, y=y)
     train = ("train", *TINY, "--iterations", 1, "--labels", "--out", tmp_path / "out", "--data")
+    judged = ("evaluate", "--out", tmp_path / "out", "--model")
     plain, model, sampler = (
         ("sample", "--out", tmp_path / "out", "--model", name)
         for name in (trained / "model", conditional / "model", conditional / "sampler")
@@ -141,6 +164,9 @@ def test_mistakes_with_labels_give_one_line(conditional, trained, tmp_path, caps
         ((*model, "--label", 1, "--guidance", 0), "greater than 0"),
         ((*sampler, "--label", 2), "must lie in 0 .. 1"),
         ((*sampler, "--label", 1, "--guidance", 2), "without guidance"),
+        ((*judged, conditional / "model", "--data", tmp_path / "named.npz", "--guidance", 2), "data with labels"),
+        ((*judged, trained / "model", "--data", conditional / "points.npz", "--guidance", 2), "fewstep train --labels"),
+        ((*judged, conditional / "model", "--data", tmp_path / "three.npz"), "a label 2, "),
     ):
         capsys.readouterr()
         lines = fewstep(*arguments, expect=2, capsys=capsys).strip().splitlines()

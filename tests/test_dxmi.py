@@ -12,7 +12,7 @@ import torch
 
 from fewstep import dxmi
 from fewstep.config import FinetuneConfig
-from fewstep.denoiser import OnPath
+from fewstep.denoiser import OnPath, to_score
 from fewstep.dxmi import FinetuneState, Goal, finetune, make_goal, make_state, running_cost, sampler_step, value_step
 from fewstep.energy import Value, density_loss, make_value
 from fewstep.metrics import auroc, sliced_wasserstein
@@ -585,6 +585,26 @@ def test_the_models_score_stands_in_for_the_densitys_before_the_last_slice():
     assert torch.allclose(gradient[:4], exact[:4], atol=1e-6)
     assert not torch.allclose(own[:4], exact[:4], atol=1e-2)
     assert torch.allclose(gradient[4:], own[4:], atol=1e-6)
+
+
+def test_the_models_score_is_that_of_each_samples_class():
+    """Rows of three classes, the last slice's among them: each gradient has its own class's score."""
+    torch.manual_seed(0)
+    denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    times = karras(0.1, 10).times(denoiser.path, 3)
+    state = make_state(denoiser, times, FinetuneConfig(iterations=10, batch_size=8, score="model"), (2,))
+    i, labels = torch.tensor([1, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 2, 0, 1, 2])
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    (found,) = torch.autograd.grad(dxmi.next_value(state, x, i, {"class_labels": labels}).sum(), x)
+    for row in range(4):
+        one, t = x[row : row + 1].detach(), times[i[row]]
+        x0 = denoiser(one, t, {"class_labels": labels[row : row + 1]})
+        exact = -state.value.tau / 2 * to_score(x0, one, denoiser.path, t)
+        other = -state.value.tau / 2 * to_score(denoiser(one, t), one, denoiser.path, t)
+        assert torch.allclose(found[row], exact[0], rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found[row], other[0], rtol=1e-2)
 
 
 def test_one_step_has_no_slice_for_the_models_score():

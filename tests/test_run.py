@@ -80,6 +80,8 @@ def states():
     denoiser = make_denoiser((2,), small)
     times = karras(0.1, 10).times(denoiser.path, 3)
     tuned = FinetuneConfig(iterations=65, density_iterations=30, batch_size=16)
+    follower = dataclasses.replace(tuned, score="model", critic_steps=2)
+    wide = 30 * data  # the noisiest level shows them, so that the start moves
     return {
         "train": (lambda: TrainState((2,), small), lambda state: train(state, data)),
         "train with labels": (
@@ -87,10 +89,14 @@ def states():
             lambda state: train(state, data, (data[:, 0] > 0).long()),
         ),
         "finetune": (lambda: make_state(denoiser, times, tuned, (2,)), lambda state: finetune(state, data)),
+        "finetune from a moved start": (
+            lambda: make_state(denoiser, times, follower, (2,)),
+            lambda state: finetune(state, wide),
+        ),
     }
 
 
-@pytest.mark.parametrize("kind", ["train", "train with labels", "finetune"])
+@pytest.mark.parametrize("kind", ["train", "train with labels", "finetune", "finetune from a moved start"])
 def test_a_loop_that_stops_between_saves_repeats_exactly_what_was_lost(kind, tmp_path):
     make, loop = states()[kind]
     logs = []
@@ -106,6 +112,7 @@ def test_a_loop_that_stops_between_saves_repeats_exactly_what_was_lost(kind, tmp
     assert logs[0][0] == logs[1][0]
     assert [row["step"] for row in logs[0][0]] == [*range(10, 95, 10), 95]
     flat = [dict(leaves(tree)) for _, tree in logs]
+    assert ("/sampler/start_basis" in flat[0]) == (kind == "finetune from a moved start")
     assert flat[0].keys() == flat[1].keys()
     for name, value in flat[0].items():
         assert torch.equal(value, flat[1][name]) if isinstance(value, torch.Tensor) else value == flat[1][name], name
@@ -169,6 +176,17 @@ def test_a_folder_belongs_to_one_command_and_configuration(tmp_path):
     with pytest.raises(ValueError, match="not a run folder"):
         run.open_run(tmp_path / "mine", "train", {})
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_setting_that_an_older_run_did_not_know_is_its_default(tmp_path):
+    folder = run.open_run(tmp_path / "r", "train", {"lr": 0.1})
+    before = files_of(folder)
+    run.open_run(folder, "train", {"lr": 0.1, "blend": "slow"}, {"blend": "slow", "lr": 0.3})
+    with pytest.raises(ValueError, match="blend was 'slow', now 'fast'"):
+        run.open_run(folder, "train", {"lr": 0.1, "blend": "fast"}, {"blend": "slow"})
+    with pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.3"):
+        run.open_run(folder, "train", {"lr": 0.3}, {"lr": 0.3})
+    assert files_of(folder) == before
 
 
 def test_a_config_of_somebody_else_or_of_the_future_is_refused(tmp_path):

@@ -225,9 +225,18 @@ def evaluate(
     count: Annotated[Count, Parameter(help="Samples per cell.")] = 2000,
     seeds: Annotated[Count, Parameter(help="Repetitions of every cell.")] = 3,
     features: Annotated[str | None, Parameter(help="file.py:function from samples to features (n, f); pixels if none.")] = None,
+    sampler_steps: Annotated[
+        list[Count] | None, Parameter(help="Steps of the fine-tuned samplers, if not their own; may be repeated.")
+    ] = None,
+    guidance: Annotated[
+        Positive | None, Parameter(help="Scale of the model's classifier-free guidance; doubles its evaluations.")
+    ] = None,
     machine: Annotated[Machine, Flat] = Machine(),
 ) -> None:
-    """Measure quality against the number of evaluations, for schedules, solvers and fine-tuned samplers."""
+    """Measure quality against the number of evaluations, for schedules, solvers and fine-tuned samplers.
+
+    Models and samplers that know classes are told the data's labels, each in the data's share.
+    """
     device = _on(machine)
     from fewstep import evaluation
     from fewstep.show import show as show_folder
@@ -247,6 +256,8 @@ def evaluate(
         features,
         device,
         track,
+        sampler_steps or (),
+        guidance,
     )
     show_folder(folder)
     _print_table(evaluation.table_of(rows))

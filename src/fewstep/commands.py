@@ -88,7 +88,7 @@ def train(
         labels, classes = data.train_labels.to(device), count_classes(data.train_labels)
         settings |= {"classes": classes, "labels_fingerprint": fingerprint([labels])}
     state = TrainState(data.shape, config, device, classes)
-    folder = open_run(out, "train", settings)
+    folder = open_run(out, "train", settings, dataclasses.asdict(TrainConfig()))
     resume(folder, state)
     loop = record(folder, state, train_loop(state, data.train.to(device), labels), tensorboard=tensorboard)
     for _ in track(loop, config.iterations - state.step, "training"):
@@ -144,7 +144,7 @@ def finetune(
         settings |= {"energy": models.relative_to(energy, out)[0], "energy_fingerprint": made_by}
     settings |= data_settings(source, data) | dataclasses.asdict(config)
     if processes.index == 0:
-        open_run(out, "finetune", settings)
+        open_run(out, "finetune", settings, dataclasses.asdict(FinetuneConfig()))
     processes.wait()
     resume(out, state, processes.index == 0)
     loop = finetune_loop(state, goal, Goal(data.test.to(device), test_labels), processes)
@@ -192,6 +192,11 @@ def label_cond(name: str, denoiser: Denoiser, labels: Sequence[int]) -> dict[str
     if bad := [label for label in labels if not 0 <= label < denoiser.classes]:
         raise ValueError(f"--label must lie in 0 .. {denoiser.classes - 1} for {name}, got {bad[0]}")
     return {"class_labels": torch.tensor(labels)}
+
+
+def guided(denoiser: Denoiser, scale: float) -> Denoiser:
+    """Classifier-free guidance of a class-conditional model: the class after its last stands for none."""
+    return Guided(denoiser, scale, {"class_labels": torch.tensor([denoiser.classes])})
 
 
 @torch.no_grad()
@@ -268,7 +273,7 @@ def sample(
     settings |= {"shape": list(form), "count": count, "seed": seed, "labels": list(labels) or None, "guidance": guidance}
     cond = label_cond(model, denoiser, labels) if labels else None
     if guidance is not None:
-        chosen = Guided(denoiser, guidance, {"class_labels": torch.tensor([denoiser.classes])})
+        chosen = guided(denoiser, guidance)
     folder = require_free(out, "sample", settings)
     if (folder / SAMPLES).exists():
         return folder

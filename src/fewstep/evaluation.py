@@ -12,17 +12,29 @@ import torch
 from torch import Tensor
 
 from fewstep import models, report
-from fewstep.commands import Track, data_settings, find_schedule, generate, load, model_settings, require_shape, silent
+from fewstep.commands import (
+    Track,
+    data_settings,
+    find_schedule,
+    generate,
+    guided,
+    load,
+    model_settings,
+    require_shape,
+    silent,
+)
 from fewstep.config import Source
+from fewstep.data import Data
 from fewstep.denoiser import Denoiser
 from fewstep.energy import Value
 from fewstep.learn import step_costs
 from fewstep.metrics import energy_distance, frechet_distance, precision_recall, sliced_wasserstein
 from fewstep.run import fingerprint, open_run, read_lines, write_json, write_lines
-from fewstep.sampler import Sampler
+from fewstep.sampler import Sampler, in_steps
 from fewstep.schedule import NAMED, Schedule
 
 ROWS = "evaluation.jsonl"
+Told = dict[str, Tensor] | None  # conditions, dealt out to the samples
 
 
 def judge(x: Tensor, data: Tensor, features: Callable[[Tensor], Tensor] | None, seed: int = 0) -> dict[str, float]:
@@ -55,29 +67,43 @@ def evaluate(
     features: str | None = None,
     device: str = "cpu",
     track: Track = silent,
+    sampler_steps: Sequence[int] = (),
+    guidance: float | None = None,
 ) -> tuple[File, list[dict[str, Any]], dict[str, float]]:
     """Quality of every schedule x solver x steps of a model, and of fine-tuned samplers, cell by cell into evaluation.jsonl.
 
-    Returns the folder, the rows, and the floor: the same measures between held-out and training data. A repeated command
-    goes on with the cells that are missing.
+    sampler_steps: of the samplers, if not their own. Class-conditional ones are told labels in the shares that the data have
+    them; guidance: scale of the model's classifier-free guidance towards them. Returns the folder, the rows, and the floor:
+    the same measures between held-out and training data. A repeated command goes on with the cells that are missing.
     """
     data = load(source)
     extract = models.load_function(features) if features else None
     settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
-    settings |= {"features": features} | data_settings(source, data)
-    cells: list[tuple[str, Denoiser | Sampler, Tensor, str]] = []
+    settings |= {"features": features, "guidance": guidance, "sampler_steps": list(sampler_steps) or None}
+    settings |= data_settings(source, data)
+    cells: list[tuple[str, Denoiser | Sampler, Tensor, str, Told]] = []
     if model is not None:
         denoiser = models.load_denoiser(model, device)
         require_shape(denoiser, data.shape)
         settings |= model_settings(model, denoiser, out)
+        told = labels_for(model, denoiser, data)
+        if guidance is not None and told is None:
+            raise ValueError("--guidance needs a model of `fewstep train --labels`, and data with labels to guide it towards")
+        if guidance is not None:
+            denoiser = guided(denoiser, guidance)
         for label, name in labels_of(schedules, "learned").items():
             found = find_schedule(name, denoiser)
             settings[f"schedule: {label}"] = fingerprint([found.u, found.theta])
-            cells += [(f"{label}, {s}", denoiser, found.times(denoiser.path, n), s) for s in solvers for n in steps]
+            cells += [(f"{label}, {s}", denoiser, found.times(denoiser.path, n), s, told) for s in solvers for n in steps]
     for label, name in labels_of(samplers, "fine-tuned").items():
         tuned, _ = models.load_sampler(name, device)
         settings[f"sampler: {label}"] = fingerprint(tuned.state_dict().values())
-        cells.append((label, tuned, tuned.times.cpu(), ""))
+        told = labels_for(name, tuned.denoiser, data)
+        for n in sampler_steps or [tuned.steps]:
+            other = tuned if n == tuned.steps else in_steps(tuned, n)
+            cells.append((label, other, other.times.cpu(), "", told))
+    if data.train_labels is not None and any(told for *_, told in cells):
+        settings["labels_fingerprint"] = fingerprint([data.train_labels])
     folder = open_run(out, "evaluate", settings)
 
     rows = read_lines(folder / ROWS)
@@ -85,8 +111,8 @@ def evaluate(
     known = {(row["method"], row["steps"], row["seed"]) for row in rows}
     todo = [(*cell, seed) for cell in cells for seed in range(seeds) if (cell[0], len(cell[2]) - 1, seed) not in known]
     with open(folder / ROWS, "a") as file:
-        for method, chosen, times, solver, seed in track(todo, len(todo), "evaluating"):
-            x, evaluations = generate(chosen, times, count, data.shape, solver, 1000 + seed, device)
+        for method, chosen, times, solver, told, seed in track(todo, len(todo), "evaluating"):
+            x, evaluations = generate(chosen, times, count, data.shape, solver, 1000 + seed, device, cond=told)
             row = {"method": method, "steps": len(times) - 1, "evaluations": evaluations, "seed": seed, "count": count}
             rows.append(row | judge(x, data.train, extract))
             file.write(json.dumps(rows[-1]) + "\n")
@@ -96,6 +122,16 @@ def evaluate(
     what = f"Frechet distance in {features or 'pixels'}, {count} samples"
     report.quality_figure(folder / "quality.png", rows, "fd", what, floor["fd"])
     return folder, rows, floor
+
+
+def labels_for(name: str, denoiser: Denoiser, data: Data) -> Told:
+    """The data's labels in an order of chance, for a class-conditional model of this name; none where there are none."""
+    if denoiser.classes is None or data.train_labels is None:
+        return None
+    if int(data.train_labels.max()) >= denoiser.classes:
+        raise ValueError(f"the data have a label {int(data.train_labels.max())}, {name} has {denoiser.classes} classes")
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    return {"class_labels": data.train_labels[order]}
 
 
 def labels_of(names: Sequence[str], kind: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path as File
 from typing import Any, Protocol
@@ -51,31 +51,32 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_run(folder: str | File, command: str, config: dict[str, Any]) -> File:
+def open_run(folder: str | File, command: str, config: dict[str, Any], defaults: Mapping[str, Any] = {}) -> File:
     """The folder, made for this command and configuration or found to belong to them. Call it before the first write.
 
     Raises ValueError, as `require_free` does.
     """
-    folder = require_free(folder, command, config)
+    folder = require_free(folder, command, config, defaults)
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"format": FORMAT, "version": VERSION, "command": command, "config": config})
     return folder
 
 
-def require_free(folder: str | File, command: str, config: dict[str, Any]) -> File:
+def require_free(folder: str | File, command: str, config: dict[str, Any], defaults: Mapping[str, Any] = {}) -> File:
     """The folder, which is this command's and configuration's, or nobody's yet. Changes nothing.
 
-    Raises ValueError, naming the first difference, where it belongs to others or is no run folder.
+    defaults: what a setting was where an older fewstep, which did not know it yet, left it out. Raises ValueError, naming the
+    first difference, where the folder belongs to others or is no run folder.
     """
     folder = File(folder)
-    config = json.loads(json.dumps(config))
+    config, defaults = json.loads(json.dumps([config, dict(defaults)]))
     if (folder / "config.json").exists():
         found = read_config(folder)
         if found["command"] != command:
             raise ValueError(f"{folder} belongs to `fewstep {found['command']}`, not `fewstep {command}`; give another --out")
         for key in sorted({*found["config"], *config}):
-            was, now = found["config"].get(key), config.get(key)
+            was, now = found["config"].get(key, defaults.get(key)), config.get(key)
             if was != now:
                 raise ValueError(
                     f"{folder} belongs to another configuration: {key} was {was!r}, now {now!r}; give another --out, or "
