@@ -28,7 +28,8 @@ from fewstep.commands import generate
 from fewstep.config import FinetuneConfig
 from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
-from fewstep.dxmi import FinetuneState, finetune, make_state
+from fewstep.dxmi import FinetuneState, make_state
+from fewstep.finetuning import finetune
 from fewstep.metrics import auroc, frechet_distance, precision_recall, sliced_wasserstein
 from fewstep.run import read_lines, write_json
 from fewstep.sampler import Sampler, in_steps

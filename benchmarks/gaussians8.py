@@ -41,7 +41,8 @@ import published
 import torchebm2d
 from fewstep.config import FinetuneConfig, TrainConfig
 from fewstep.denoiser import OnPath
-from fewstep.dxmi import finetune, make_state
+from fewstep.dxmi import make_state
+from fewstep.finetuning import finetune
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import ring
 from fewstep.path import Tabulated

@@ -34,18 +34,15 @@ from fewstep.commands import generate
 from fewstep.config import FinetuneConfig, PreferenceConfig, TrainConfig
 from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
-from fewstep.dxmi import finetune, make_state
+from fewstep.dxmi import make_state
+from fewstep.finetuning import finetune
+from fewstep.goal import make_goal
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.prefer import draw_pairs
 from fewstep.preference import CHOICES, learn_preference
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, train
-
-try:
-    from fewstep.dxmi import make_goal
-except ImportError as error:
-    raise SystemExit("this fewstep fine-tunes without a reward: fewstep.dxmi has no make_goal") from error
 
 Reward = Callable[[Tensor], Tensor]
 

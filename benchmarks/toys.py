@@ -27,8 +27,9 @@ import torch
 from sklearn.datasets import make_moons
 from torch import Tensor
 
-from fewstep.dxmi import finetune, make_state
+from fewstep.dxmi import make_state
 from fewstep.energy import Value
+from fewstep.finetuning import finetune
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.run import write_json
 from fewstep.sampler import Sampler

@@ -22,6 +22,7 @@ LAYERS = [
     ["sampler", "training", "processes", "goal", "preference"],
     ["energy"],
     ["dxmi", "models"],
+    ["finetuning"],
     ["report"],
     ["commands"],
     ["fit", "evaluation", "prefer"],
@@ -33,7 +34,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 FILES = {file.stem: [file] for file in SOURCE.glob("*.py") if file.stem != "__init__"}
 FILES |= {file.parent.name: sorted(file.parent.glob("*.py")) for file in SOURCE.glob("*/__init__.py")}
 MODULES = sorted(FILES)
-METHOD = {module for layer in LAYERS[: RANK["dxmi"] + 1] for module in layer} - {"data", "run", "models"}
+METHOD = {module for layer in LAYERS[: RANK["finetuning"] + 1] for module in layer} - {"data", "run", "models"}
 
 
 def nodes(module: str) -> list[ast.AST]:

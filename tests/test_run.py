@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from fewstep import commands, run
 from fewstep.config import FinetuneConfig, Source, TrainConfig
-from fewstep.dxmi import finetune, make_state
+from fewstep.dxmi import make_state
+from fewstep.finetuning import finetune
 from fewstep.mixture import ring
 from fewstep.schedule import karras
 from fewstep.training import TrainState, make_denoiser, train

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from fewstep.config import FinetuneConfig, LearnConfig, PreferenceConfig, TrainConfig
     from fewstep.data import load_data
     from fewstep.denoiser import Denoiser, Guided, OnPath, Pretrained
-    from fewstep.dxmi import FinetuneState, finetune, make_state
+    from fewstep.dxmi import FinetuneState, make_state
     from fewstep.energy import Value
+    from fewstep.finetuning import finetune
     from fewstep.learn import learn_schedule
     from fewstep.metrics import auroc, energy_distance, frechet_distance, sliced_wasserstein
     from fewstep.mixture import Mixture
@@ -32,8 +33,9 @@ _HOME = {
     "config": "FinetuneConfig LearnConfig PreferenceConfig TrainConfig",
     "data": "load_data",
     "denoiser": "Denoiser Guided OnPath Pretrained",
-    "dxmi": "FinetuneState finetune make_state",
+    "dxmi": "FinetuneState make_state",
     "energy": "Value",
+    "finetuning": "finetune",
     "learn": "learn_schedule",
     "metrics": "auroc energy_distance frechet_distance sliced_wasserstein",
     "mixture": "Mixture",

@@ -20,9 +20,9 @@ from fewstep import __version__, models, report
 from fewstep.config import FinetuneConfig, Source, TrainConfig
 from fewstep.data import Data, count_classes, load_data
 from fewstep.denoiser import Denoiser, Guided, shape_of
-from fewstep.dxmi import finetune as finetune_loop
 from fewstep.dxmi import make_state
 from fewstep.endpoint import deal
+from fewstep.finetuning import finetune as finetune_loop
 from fewstep.goal import Goal, make_goal
 from fewstep.processes import ALONE, Processes
 from fewstep.run import (

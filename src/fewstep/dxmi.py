@@ -31,25 +31,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
-from fewstep.denoiser import Cond, Denoiser, to_score
+from fewstep.denoiser import Cond, Denoiser
 from fewstep.energy import Value, density_loss, joined, make_value
-from fewstep.goal import Goal, condition, make_goal
-from fewstep.metrics import sliced_wasserstein
+from fewstep.goal import Goal, condition
 from fewstep.path import broadcast
 from fewstep.processes import ALONE, Processes
 from fewstep.sampler import Sampler, Transition, posterior_std, start_where_data_are
 from fewstep.training import averaged
 
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
-LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
-ROLL_BACKS = 5
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
 MANY = 10_000  # data whose principal components are taken
@@ -99,6 +95,10 @@ class FinetuneState:
         self.back_scale = back.to(sampler.log_std)
         self.back_variance = (path.sigma(t) ** 2 - (back * path.sigma(s)) ** 2).to(sampler.log_std)
         self.noisy = (sampler.std() > 0).detach()
+        alpha, sigma = sampler.levels()
+        self.levels = alpha.to(sampler.log_std), sigma.to(sampler.log_std)
+        self.model_times = path.time(torch.atan2(sigma, alpha)).to(sampler.times)
+        self.model_knows = (sigma / alpha >= 0.999 * path.sigma_min).to(sampler.times.device)
 
     @property
     def total(self) -> int:
@@ -144,6 +144,25 @@ class FinetuneState:
         self.step, self.rate, self.rolled_back = state["step"], state["rate"], state["rolled_back"]
         self.best, self.first_std = state["best"], state["first_std"].to(self.first_std)
         self.first_spread = state["first_spread"]
+
+
+def make_state(
+    denoiser: Denoiser, times: Tensor, config: FinetuneConfig, shape: tuple[int, ...], energy: nn.Module | None = None
+) -> FinetuneState:
+    """A fresh state: a sampler on `times` from a trainable copy of the denoiser, and a new value for samples of this shape.
+
+    energy: a module from samples (b, *shape) to (b,) whose structure the energy is to have (`Value`).
+    """
+    model = copy.deepcopy(denoiser).eval().requires_grad_(False) if config.score == "model" else None
+    own = copy.deepcopy(denoiser).requires_grad_(True)
+    if config.compile:
+        own.compile()
+    sampler = Sampler(own, times, config.last_std)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        value = make_value(sampler, shape, config, copy.deepcopy(energy))
+    device = next(own.parameters(), torch.empty(0)).device
+    return FinetuneState(sampler.to(device), value.to(device), config, model)
 
 
 # --- the costs ----------------------------------------------------------------------------------------------------
@@ -228,16 +247,19 @@ def value_step(
 def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) -> Tensor:
     """V(x, i) of states x (b, *d) before steps i (b,) in order, i >= 1: (b,).
 
-    With config.score "model" its gradient has the pretrained model's score in the place of -D grad A, before the last slice:
-    of what the density has learned in a short while the values will do, but the slopes are worse than the model's.
+    With config.score "model" its gradient has the pretrained model's score in the place of -D grad A: of what the density has
+    learned in a short while the values will do, but the slopes are worse than the model's. A last slice that is cleaner than
+    all that the model knows keeps A's.
     """
-    n = int((i < state.value.steps).sum())
+    n = int(state.model_knows[i].sum())
     if state.model is None or not n:
         return state.value(x, i, cond)
     with torch.no_grad():  # in full precision: a score divides by sigma
-        known, t = x[:n], state.sampler.times[i[:n]].cpu()
-        x0 = state.model(known, t, None if cond is None else {k: v[:n] for k, v in cond.items()})
-        slope = -to_score(x0, known, state.model.path, t) / state.value.dimensions
+        known, t = x[:n], state.model_times[i[:n]]
+        alpha, sigma = (broadcast(each[i[:n]], known) for each in state.levels)
+        on_path = broadcast(state.model.path.alpha(t), known) / alpha * known  # the last states are data and noise, unscaled
+        x0 = state.model(on_path, t.cpu(), None if cond is None else {k: v[:n] for k, v in cond.items()})
+        slope = (known - alpha * x0) / sigma**2 / state.value.dimensions
     flat = torch.cat([x[:n].detach(), x[n:]])
     rise = ((x[:n] - known) * slope).flatten(1).sum(1)  # 0, but for its gradient
     inner = state.value.density(flat, i, cond) + torch.cat([rise, rise.new_zeros(len(x) - n)])
@@ -373,95 +395,3 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     state.averaged_value.update_parameters(state.value)
     metrics |= processes.mean({"sample_std": float(states[-1].std())})
     return metrics | {f"step_noise_{k}": float(std) for k, std in enumerate(sampler.std().detach())}
-
-
-# --- the loop -----------------------------------------------------------------------------------------------------
-
-
-def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: float) -> str | None:
-    """What is wrong with the last iterations, or None: not finite, collapsed, blown up, or lost to the energy."""
-    mean = {name: sum(row[name] for row in window) / len(window) for name in window[0]}
-    bad = [name for name, value in mean.items() if not abs(value) < float("inf")]
-    if bad:
-        return f"{bad[0]} is not finite"
-    if "sample_std" not in mean:
-        return None
-    spread, noise = mean["sample_std"] / data_std, state.sampler.std().detach()[:-1] / state.first_std
-    if not 0.5 * min(1, state.first_spread) < spread < 2 * max(1, state.first_spread):
-        return f"the samples' standard deviation is {spread:.2g} of the data's"
-    if bool(((noise < 0.05) | (noise > 20)).any()):
-        return f"the step noises are {', '.join(f'{float(r):.2g}' for r in noise)} of those at the start"
-    if mean["energy_gap"] < -0.95 / state.config.gamma:  # -1/gamma: the supports do not meet
-        return "the energy tells every sample from the data"
-    return None
-
-
-def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
-    """Now and then, hold the averaged sampler against held-out data: {"held_out_sw": ..}; keeps the best in state.best."""
-    done = state.step - state.config.density_iterations
-    if held_out is None or done <= 0 or (done % JUDGE_EVERY and state.step < state.total):
-        return {}
-    sampler, g = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0)
-    data, cond = held_out.data[:FEW], condition(held_out, torch.arange(min(FEW, len(held_out.data))))
-    found = sliced_wasserstein(sampler.sample(sampler.start(len(data), tuple(data.shape[1:]), g), g, cond), data, 200, g)
-    if found < state.best.get("held_out_sw", float("inf")):
-        weights = {"sampler": sampler.state_dict(), "value": state.averaged_value.module.state_dict()}
-        state.best = copy.deepcopy({"held_out_sw": found, "step": state.step, **weights})
-    return {"held_out_sw": found}
-
-
-def finetune(
-    state: FinetuneState, data: Tensor | Goal, held_out: Goal | None = None, processes: Processes = ALONE
-) -> Iterator[dict[str, float]]:
-    """Run from state.step to state.total over data (n, *d), or a goal; yields the metrics of each iteration.
-
-    Every 50 iterations the last ones are looked at: where the sampler has collapsed or diverged, and at once where a number
-    is not finite, what was learned goes back to the last good state and all rates are halved. held_out: data that
-    the averaged sampler is held against now and then; the best one is kept in state.best. Raises ValueError, naming what is
-    wrong, when going back has not helped 5 times.
-    """
-    goal = data if isinstance(data, Goal) else make_goal(data)
-    config = state.config
-    data_std = float(torch.hypot(goal.data.std().cpu(), state.sampler.last_std.cpu()))
-    good, window = copy.deepcopy(state.learned()), list[dict[str, float]]()
-    while state.step < state.total:
-        if state.step == config.density_iterations > 0:
-            start_sampler(state, goal)
-            good, window = copy.deepcopy(state.learned()), []
-        metrics = iterate(state, goal, processes)
-        state.step += 1
-        window.append(metrics)
-        finite = all(abs(value) < float("inf") for value in metrics.values())
-        if finite and not state.first_spread:
-            state.first_spread = metrics.get("sample_std", 0.0) / data_std
-        if not finite or state.step % LOOK_EVERY == 0:
-            wrong = complaint(state, window[-1:] if not finite else window, data_std)
-            if wrong and state.rolled_back == ROLL_BACKS:
-                raise ValueError(f"{wrong} at iteration {state.step}, after {ROLL_BACKS} roll-backs; lower --lr and --lr-value")
-            if wrong:
-                state.restore(copy.deepcopy(good))
-                state.rate, state.rolled_back = state.rate / 2, state.rolled_back + 1
-            else:
-                good = copy.deepcopy(state.learned())
-            window = []
-        metrics = {name: value for name, value in metrics.items() if abs(value) < float("inf")}
-        yield metrics | {"rolled_back": float(state.rolled_back)} | keep_best(state, held_out)
-
-
-def make_state(
-    denoiser: Denoiser, times: Tensor, config: FinetuneConfig, shape: tuple[int, ...], energy: nn.Module | None = None
-) -> FinetuneState:
-    """A fresh state: a sampler on `times` from a trainable copy of the denoiser, and a new value for samples of this shape.
-
-    energy: a module from samples (b, *shape) to (b,) whose structure the energy is to have (`Value`).
-    """
-    model = copy.deepcopy(denoiser).eval().requires_grad_(False) if config.score == "model" else None
-    own = copy.deepcopy(denoiser).requires_grad_(True)
-    if config.compile:
-        own.compile()
-    sampler = Sampler(own, times, config.last_std)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        value = make_value(sampler, shape, config, copy.deepcopy(energy))
-    device = next(own.parameters(), torch.empty(0)).device
-    return FinetuneState(sampler.to(device), value.to(device), config, model)

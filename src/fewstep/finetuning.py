@@ -1,0 +1,89 @@
+"""The loop of fine-tuning: iterations of dxmi.py, watched, taken back where they go wrong, and the best state kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fewstep.dxmi import FEW, FinetuneState, iterate, start_sampler
+from fewstep.goal import Goal, condition, make_goal
+from fewstep.metrics import sliced_wasserstein
+from fewstep.processes import ALONE, Processes
+from fewstep.sampler import Sampler
+
+LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
+ROLL_BACKS = 5
+
+
+def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: float) -> str | None:
+    """What is wrong with the last iterations, or None: not finite, collapsed, blown up, or lost to the energy."""
+    mean = {name: sum(row[name] for row in window) / len(window) for name in window[0]}
+    bad = [name for name, value in mean.items() if not abs(value) < float("inf")]
+    if bad:
+        return f"{bad[0]} is not finite"
+    if "sample_std" not in mean:
+        return None
+    spread, noise = mean["sample_std"] / data_std, state.sampler.std().detach()[:-1] / state.first_std
+    if not 0.5 * min(1, state.first_spread) < spread < 2 * max(1, state.first_spread):
+        return f"the samples' standard deviation is {spread:.2g} of the data's"
+    if bool(((noise < 0.05) | (noise > 20)).any()):
+        return f"the step noises are {', '.join(f'{float(r):.2g}' for r in noise)} of those at the start"
+    if mean["energy_gap"] < -0.95 / state.config.gamma:  # -1/gamma: the supports do not meet
+        return "the energy tells every sample from the data"
+    return None
+
+
+def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
+    """Now and then, hold the averaged sampler against held-out data: {"held_out_sw": ..}; keeps the best in state.best."""
+    done = state.step - state.config.density_iterations
+    if held_out is None or done <= 0 or (done % JUDGE_EVERY and state.step < state.total):
+        return {}
+    sampler, g = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0)
+    data, cond = held_out.data[:FEW], condition(held_out, torch.arange(min(FEW, len(held_out.data))))
+    found = sliced_wasserstein(sampler.sample(sampler.start(len(data), tuple(data.shape[1:]), g), g, cond), data, 200, g)
+    if found < state.best.get("held_out_sw", float("inf")):
+        weights = {"sampler": sampler.state_dict(), "value": state.averaged_value.module.state_dict()}
+        state.best = copy.deepcopy({"held_out_sw": found, "step": state.step, **weights})
+    return {"held_out_sw": found}
+
+
+def finetune(
+    state: FinetuneState, data: Tensor | Goal, held_out: Goal | None = None, processes: Processes = ALONE
+) -> Iterator[dict[str, float]]:
+    """Run from state.step to state.total over data (n, *d), or a goal; yields the metrics of each iteration.
+
+    Every 50 iterations the last ones are looked at: where the sampler has collapsed or diverged, and at once where a number
+    is not finite, what was learned goes back to the last good state and all rates are halved. held_out: data that
+    the averaged sampler is held against now and then; the best one is kept in state.best. Raises ValueError, naming what is
+    wrong, when going back has not helped 5 times.
+    """
+    goal = data if isinstance(data, Goal) else make_goal(data)
+    config = state.config
+    data_std = float(torch.hypot(goal.data.std().cpu(), state.sampler.last_std.cpu()))
+    good, window = copy.deepcopy(state.learned()), list[dict[str, float]]()
+    while state.step < state.total:
+        if state.step == config.density_iterations > 0:
+            start_sampler(state, goal)
+            good, window = copy.deepcopy(state.learned()), []
+        metrics = iterate(state, goal, processes)
+        state.step += 1
+        window.append(metrics)
+        finite = all(abs(value) < float("inf") for value in metrics.values())
+        if finite and not state.first_spread:
+            state.first_spread = metrics.get("sample_std", 0.0) / data_std
+        if not finite or state.step % LOOK_EVERY == 0:
+            wrong = complaint(state, window[-1:] if not finite else window, data_std)
+            if wrong and state.rolled_back == ROLL_BACKS:
+                raise ValueError(f"{wrong} at iteration {state.step}, after {ROLL_BACKS} roll-backs; lower --lr and --lr-value")
+            if wrong:
+                state.restore(copy.deepcopy(good))
+                state.rate, state.rolled_back = state.rate / 2, state.rolled_back + 1
+            else:
+                good = copy.deepcopy(state.learned())
+            window = []
+        metrics = {name: value for name, value in metrics.items() if abs(value) < float("inf")}
+        yield metrics | {"rolled_back": float(state.rolled_back)} | keep_best(state, held_out)
