@@ -65,7 +65,7 @@ SHORT_RUN = FinetuneConfig(density_iterations=600, batch_size=32)
 FINETUNE = {
     "digits": FinetuneConfig(),
     "mnist_slim": replace(SHORT_RUN, iterations=160, score="model"),
-    "fashion": replace(SHORT_RUN, iterations=120, critic_steps=4, lr_value=3e-4),
+    "fashion": replace(SHORT_RUN, iterations=160, score="model", critic_steps=4, lr_value=3e-4),
 }
 MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)

@@ -288,6 +288,19 @@ def test_flow_x0_is_one_euler_step_of_the_scheduler_to_data(kind, level):
     torch.testing.assert_close(want, x - level * v, rtol=1e-5, atol=1e-5)
 
 
+def test_a_dit_says_its_classes_and_no_class_is_the_one_after_its_last():
+    from diffusers import DDPMScheduler
+
+    denoiser, x = from_diffusers((dit(4), DDPMScheduler())), noise(BATCH, 2, 8, 8)
+    assert denoiser.classes == 10
+    none = denoiser(x, 0.5, {"class_labels": torch.full((BATCH,), 10)})
+    assert torch.equal(denoiser(x, 0.5), none)
+    assert not torch.allclose(denoiser(x, 0.5, {"class_labels": torch.full((BATCH,), 9)}), none)
+    assert (
+        from_diffusers((unet(num_class_embeds=5), DDPMScheduler())).classes is None
+    )  # whether it has a "no class" is not said
+
+
 def test_flow_prediction_of_a_multistep_scheduler():
     from diffusers import DPMSolverMultistepScheduler
 

@@ -203,6 +203,21 @@ def test_a_model_with_the_default_options_and_guidance_is_not_too_dear(mine, tmp
     schedule(capsys, mine(), tmp_path / "o", "--cond", tmp_path / "c.safetensors", "--guidance", 2, "--steps", 6, small=())
 
 
+def test_a_saved_dit_is_sampled_judged_and_fine_tuned_by_class(tmp_path, capsys):
+    save_pipeline("DiT", tmp_path)
+    model, g = ("--model", tmp_path / "model"), torch.Generator().manual_seed(0)
+    np.savez(tmp_path / "latents.npz", x=torch.randn(80, 2, 8, 8, generator=g).numpy(), y=np.arange(80) % 10)
+    labels, data = ("--label", 3, "--label", 7, "--guidance", 2), ("--data", tmp_path / "latents.npz")
+    fewstep(capsys, "sample", *model, *labels, "--steps", 3, "--count", 4, "--out", tmp_path / "s")
+    assert np.load(tmp_path / "s" / "samples.npz")["y"].tolist() == [3, 7, 3, 7]
+    few = ("--iterations", 2, "--density-iterations", 2, "--batch-size", 8, "--steps", 2)
+    fewstep(capsys, "finetune", *model, *data, *few, "--out", tmp_path / "f")
+    fewstep(capsys, "sample", "--model", tmp_path / "f", "--label", 9, "--count", 2, "--out", tmp_path / "t")
+    judge = ("--sampler", tmp_path / "f", "--steps", 2, "--count", 20, "--seeds", 1, "--schedule", "karras")
+    fewstep(capsys, "evaluate", *model, *data, *judge, "--out", tmp_path / "e")
+    assert "labels_fingerprint" in json.loads((tmp_path / "e" / "config.json").read_text())["config"]
+
+
 # --- resume -------------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,7 @@ class DiffusersNetwork(nn.Module):
     """A network of diffusers as net(x, clock, **cond), in its own precision, without the channels of a learned variance.
 
     The state and the clock stay in x's precision: half precision cannot tell one index of a thousand from the next.
+    classes: K of a DiT, whose table of classes has "no class" at its end; None of others, which do not say whether theirs has.
     """
 
     def __init__(self, model: nn.Module):
@@ -82,8 +83,12 @@ class DiffusersNetwork(nn.Module):
                 "timestep and return_dict. Describe another network with fewstep.Pretrained(net, path, predicts, clock)"
             )
         self.model, self.input = model, inputs[0]
+        config: Any = getattr(model, "config", {})
+        self.classes: int | None = config["num_embeds_ada_norm"] if type(model).__name__ == "DiTTransformer2DModel" else None
 
     def forward(self, x: Tensor, clock: Tensor, **cond: Any) -> Tensor:
+        if self.classes is not None:
+            cond = {"class_labels": torch.full((len(x),), self.classes, device=x.device)} | cond
         given = {self.input: x.to(getattr(self.model, "dtype", x.dtype)), "timestep": clock, "return_dict": False}
         y = self.model(**given, **cond)[0].to(x.dtype)
         return y[:, : x.shape[1]] if y.shape[1] == 2 * x.shape[1] else y
@@ -122,8 +127,9 @@ def from_diffusers(model: Any) -> Pretrained:
 
     Of a folder or a hub id only the network and the scheduler are read, in float32: no text encoder, no autoencoder, so x
     is a latent where the pipeline has one. Condition by cond = the keyword arguments of the network's forward:
-    {"class_labels": ..}, {"encoder_hidden_states": ..}. What a scheduler adds while sampling (its grid and its shift,
-    clip_sample, thresholding) is no part of the model and is left out. Raises ValueError for what it cannot read.
+    {"class_labels": ..}, {"encoder_hidden_states": ..}; a DiT that is told no class is told its "no class". What a scheduler
+    adds while sampling (its grid and its shift, clip_sample, thresholding) is no part of the model and is left out. Raises
+    ValueError for what it cannot read.
     """
     if isinstance(model, (str, os.PathLike)):
         network, scheduler = _load(os.fspath(model))
@@ -147,7 +153,11 @@ def from_diffusers(model: Any) -> Pretrained:
         path: Path = VE(settings["sigma_min"], settings["sigma_max"])
         sign = 1.0 if prediction_type == "epsilon" else -1.0
         precise = Preconditioned(net, settings["sigma_data"], sign)
-        return Pretrained(precise, path, "x0", path.ratio, shape, lambda n: torch.atan(_grid(scheduler, n).sigmas[:n].double()))
+
+        def edm_levels(n: int) -> Tensor:
+            return torch.atan(_grid(scheduler, n).sigmas[:n].double())
+
+        return Pretrained(precise, path, "x0", path.ratio, shape, edm_levels, net.classes)
     if kind.startswith("FlowMatch") or prediction_type == "flow_prediction":
         name = type(network).__name__
         if settings.get("invert_sigmas") or name in FLIPPED:
@@ -161,7 +171,7 @@ def from_diffusers(model: Any) -> Pretrained:
             found = torch.unique(_grid(scheduler, n).timesteps.double()).flip(0)  # Heun's come in pairs
             return None if len(found) != n else linear.angle(found / count)
 
-        return Pretrained(net, linear, "flow", lambda t: told * t, shape, levels)
+        return Pretrained(net, linear, "flow", lambda t: told * t, shape, levels, net.classes)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"{kind} has no alphas_cumprod, nor is it of flow matching or EDM; describe it with fewstep.Pretrained"
@@ -174,9 +184,8 @@ def from_diffusers(model: Any) -> Pretrained:
             raise ValueError(f"{kind} has rescale_betas_zero_snr, and eps says nothing of x_0 in pure noise; want v_prediction")
         table[-1] = 0  # some schedulers put 2^-24 for it; the model is the same
     tabulated = Tabulated(table)
-    return Pretrained(
-        net, tabulated, PREDICTION_TYPES[prediction_type], tabulated.index, shape, lambda n: _spaced(scheduler, tabulated, n)
-    )
+    predicts, index = PREDICTION_TYPES[prediction_type], tabulated.index
+    return Pretrained(net, tabulated, predicts, index, shape, lambda n: _spaced(scheduler, tabulated, n), net.classes)
 
 
 def _grid(scheduler: Any, steps: int) -> Any:
