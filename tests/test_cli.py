@@ -108,20 +108,48 @@ def test_a_conditional_model_serves_the_commands_that_know_no_labels(conditional
 
 
 def test_evaluation_tells_classes_in_the_shares_of_the_data(conditional, tmp_path):
-    """Data of class 1 alone, at 2: told so, every sample lies there; not told, half of them would be 4 away."""
+    """A quarter of class 0 at -2, all of it first: fewer samples than data, or as many of each, would be 2 or more away."""
     with np.load(conditional / "points.npz") as points:
-        one = points["y"] == 1
-        np.savez(tmp_path / "ones.npz", x=points["x"][one], y=points["y"][one])
-    names = ("--model", conditional / "model", "--sampler", conditional / "sampler", "--data", tmp_path / "ones.npz")
-    few = ("--schedule", "karras", "--steps", 6, "--sampler-steps", 2, "--sampler-steps", 3, "--count", 300, "--seeds", 1)
+        order = np.concatenate([np.flatnonzero(points["y"] == 0)[:100], np.flatnonzero(points["y"] == 1)])
+        np.savez(tmp_path / "sorted.npz", x=points["x"][order], y=points["y"][order])
+    names = ("--model", conditional / "model", "--sampler", conditional / "sampler", "--data", tmp_path / "sorted.npz")
+    few = ("--schedule", "karras", "--steps", 6, "--sampler-steps", 2, "--sampler-steps", 3, "--count", 100, "--seeds", 1)
     rows = {}
-    for name, more in (("plain", ()), ("guided", ("--guidance", 1.5))):
-        fewstep("evaluate", *names, *few, *more, "--out", tmp_path / name)
-        rows[name] = [json.loads(line) for line in (tmp_path / name / "evaluation.jsonl").read_text().splitlines()]
-        assert all(row["sw"] < 0.5 for row in rows[name])
-    assert [row["evaluations"] for row in rows["plain"]] == [6, 2, 3]
-    assert [row["evaluations"] for row in rows["guided"]] == [12, 2, 3]
-    assert rows["guided"][1:] == rows["plain"][1:]
+    for scale in (None, 1, 4):
+        out, more = tmp_path / str(scale), ("--guidance", scale) if scale else ()
+        fewstep("evaluate", *names, *few, *more, "--out", out)
+        rows[scale] = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+        assert all(row["sw"] < 1 for row in rows[scale])
+    assert [row["evaluations"] for row in rows[None]] == [6, 2, 3]
+    assert [row["evaluations"] for row in rows[4]] == [12, 2, 3]
+    assert rows[1][1:] == rows[4][1:] == rows[None][1:]
+    assert rows[1][0]["sw"] == pytest.approx(rows[None][0]["sw"], abs=1e-4)  # scale 1 is no guidance
+    assert abs(rows[4][0]["sw"] - rows[1][0]["sw"]) > 1e-3
+
+
+def test_an_evaluation_of_before_there_were_labels_in_it_goes_on(trained, tmp_path):
+    arguments = ("evaluate", "--model", trained / "model", "--data", trained / "points.npy", "--steps", 2, "--count", 50)
+    fewstep(*arguments, "--seeds", 1, "--out", tmp_path / "e")
+    document = json.loads((tmp_path / "e" / "config.json").read_text())
+    for key in ("guidance", "sampler_steps"):
+        del document["config"][key]
+    (tmp_path / "e" / "config.json").write_text(json.dumps(document))
+    fewstep(*arguments, "--seeds", 1, "--out", tmp_path / "e")
+
+
+def test_a_run_of_an_older_fewstep_goes_on_if_what_it_did_not_know_is_at_its_default(tmp_path, capsys):
+    np.save(tmp_path / "p.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    data, model = ("--data", tmp_path / "p.npy", "--batch-size", 8), tmp_path / "m"
+    train = ("train", *data, "--iterations", 3, *TINY, "--out", model)
+    finetune = ("finetune", *data, "--model", model, "--iterations", 2, "--density-iterations", 2, "--out", tmp_path / "f")
+    for arguments, key, other in ((train, "schedule_blend", 0.5), (finetune, "critic_steps", 2)):
+        fewstep(*arguments)
+        file = arguments[-1] / "config.json"
+        document = json.loads(file.read_text())
+        del document["config"][key]
+        file.write_text(json.dumps(document))
+        fewstep(*arguments)
+        assert f"{key} was " in fewstep(*arguments, f"--{key.replace('_', '-')}", other, expect=2, capsys=capsys)
 
 
 def test_a_labelled_run_continues_where_it_stood_and_notices_other_labels(conditional, tmp_path, capsys):
@@ -139,6 +167,7 @@ def test_mistakes_with_labels_give_one_line(conditional, trained, tmp_path, caps
     x = np.random.default_rng(0).normal(size=(50, 2))
     for name, y in (
         ("three", np.arange(50) % 3),
+        ("none", np.arange(50) % 3 - 1),
         ("from1", np.arange(50) % 3 + 1),
         ("gap", np.arange(50) % 3 * 2),
         ("named", np.array(["a", "b"] * 25)),
@@ -146,6 +175,7 @@ def test_mistakes_with_labels_give_one_line(conditional, trained, tmp_path, caps
         np.savez(tmp_path / f"{name}.npz", x=x, y=y)
     train = ("train", *TINY, "--iterations", 1, "--labels", "--out", tmp_path / "out", "--data")
     judged = ("evaluate", "--out", tmp_path / "out", "--model")
+    tuned = ("finetune", "--out", tmp_path / "out", "--model", conditional / "model", "--batch-size", 8)
     plain, model, sampler = (
         ("sample", "--out", tmp_path / "out", "--model", name)
         for name in (trained / "model", conditional / "model", conditional / "sampler")
@@ -164,9 +194,11 @@ def test_mistakes_with_labels_give_one_line(conditional, trained, tmp_path, caps
         ((*model, "--label", 1, "--guidance", 0), "greater than 0"),
         ((*sampler, "--label", 2), "must lie in 0 .. 1"),
         ((*sampler, "--label", 1, "--guidance", 2), "without guidance"),
-        ((*judged, conditional / "model", "--data", tmp_path / "named.npz", "--guidance", 2), "data with labels"),
-        ((*judged, trained / "model", "--data", conditional / "points.npz", "--guidance", 2), "fewstep train --labels"),
-        ((*judged, conditional / "model", "--data", tmp_path / "three.npz"), "a label 2, "),
+        ((*judged, conditional / "model", "--data", tmp_path / "named.npz", "--guidance", 2), "no labels to guide towards"),
+        ((*judged, trained / "model", "--data", conditional / "points.npz", "--guidance", 2), "knows no classes"),
+        ((*judged, conditional / "model", "--data", tmp_path / "three.npz"), "must lie in 0 .. 1"),
+        ((*judged, conditional / "model", "--data", tmp_path / "none.npz"), "got -1 .. 1"),
+        ((*tuned, "--data", tmp_path / "three.npz"), "must lie in 0 .. 1"),
     ):
         capsys.readouterr()
         lines = fewstep(*arguments, expect=2, capsys=capsys).strip().splitlines()
@@ -407,6 +439,7 @@ def bad_inputs(root, tmp):
         "data of another shape": (("schedule", "--model", model, "--data", tmp / "wide.npy", "--out", out), "shape"),
         "fewer data than a batch": ((*finetune, "--batch-size", 10**6), "too few"),
         "nothing to evaluate": (("evaluate", "--data", points, "--out", out), "nothing to evaluate"),
+        "a sampler's steps without one": ((*evaluate, "--sampler-steps", 3), "--sampler-steps is for a --sampler"),
         "an energy without a file": ((*finetune, "--energy", "autoencoder"), "give file.py:function"),
         "an energy that is a number": ((*finetune, "--energy", f"{tmp}/mine.py:five"), "nn.Module"),
         "an energy that wants samples": ((*finetune, "--energy", f"{tmp}/mine.py:taste"), "takes no arguments"),

@@ -19,7 +19,7 @@ from fewstep.finetuning import finetune
 from fewstep.goal import Goal, make_goal
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
-from fewstep.path import VE, VP, Cosine, Linear
+from fewstep.path import VE, VP, Cosine, Linear, Tabulated
 from fewstep.sampler import Sampler, in_steps, posterior_std
 from fewstep.schedule import karras
 from fewstep.training import make_denoiser
@@ -572,42 +572,60 @@ def test_fine_tuning_halves_the_excess_on_the_8_gaussians_and_its_energy_detects
         assert auroc(energy(reference), energy(torch.rand(n, 2, generator=g) * 8 - 4)) > 0.85
 
 
-def test_the_models_score_stands_in_for_the_densitys():
-    """Values stay V's; of N(0, I), gradients are tau x/(alpha^2 + sigma^2)/D, in the last slice too, where the noise is .1."""
-    state = state_of(VP(), score="model")
+TABLE = Tabulated(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0))
+
+
+@pytest.mark.parametrize("path", [VE(0.05, 10), VP(), Cosine(), Linear(), TABLE], ids=repr)
+def test_the_models_score_stands_in_for_the_densitys(path):
+    """Values stay V's; of N(0, I), gradients are tau x/(alpha^2 + sigma^2)/D; the last slice has no scale and a noise of .1."""
+    state = state_of(path, score="model")
     torch.nn.init.normal_(state.value.density_net.last.weight)
-    i = torch.tensor([1, 1, 2, 2, 3, 3])
+    i = torch.tensor([3, 1, 2, 2, 1, 3])
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     found = dxmi.next_value(state, x, i)
     assert torch.allclose(found, state.value(x, i), atol=1e-6)
     (gradient,) = torch.autograd.grad(found.sum(), x)
     (own,) = torch.autograd.grad(state.value(x, i).sum(), x)
-    variance = torch.tensor([1, 1, 1, 1, 1.01, 1.01])[:, None]  # of the last: data without a scale, and noise
+    t = state.sampler.times[i]
+    variance = torch.where(i == 3, 1.01, path.alpha(t) ** 2 + path.sigma(t) ** 2)[:, None].float()
     exact = (state.value.tau * x / 2 / variance).detach()
-    assert torch.allclose(gradient, exact, atol=1e-6)
+    assert torch.allclose(gradient, exact, atol=2e-6)
     assert not torch.allclose(own, exact, atol=1e-2)
 
 
+@pytest.mark.parametrize(("path", "last_std"), [(VE(0.08, 10), 0.05), (VP(), 0.0)], ids=["too clean", "no noise"])
+def test_a_last_slice_that_the_model_does_not_know_keeps_the_densitys_slope(path, last_std):
+    state, i = state_of(path, score="model", last_std=last_std), torch.tensor([1, 2, 3])
+    torch.nn.init.normal_(state.value.density_net.last.weight)
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    (found,) = torch.autograd.grad(dxmi.next_value(state, x, i).sum(), x)
+    (own,) = torch.autograd.grad(state.value(x, i).sum(), x)
+    assert torch.allclose(found[2], own[2], atol=1e-7)
+    assert not torch.allclose(found[:2], own[:2], atol=1e-2)
+    state.model = lambda *_: pytest.fail("the model was asked")
+    last = torch.full((3,), 3)
+    assert torch.equal(dxmi.next_value(state, x, last), state.value(x, last))
+
+
 def test_the_models_score_is_that_of_each_samples_class():
-    """Each gradient has its own class's score; the last slice, cleaner than the model's .15, keeps the density's."""
+    """Each gradient has its own class's score, in the last slice too, whose noise is .2."""
     torch.manual_seed(0)
     denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)
     for p in denoiser.parameters():
         torch.nn.init.normal_(p, std=0.3)
     times = karras(0.15, 10).times(denoiser.path, 3)
-    state = make_state(denoiser, times, FinetuneConfig(iterations=10, batch_size=8, score="model"), (2,))
-    i, labels = torch.tensor([1, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 2, 0, 1, 2])
+    config = FinetuneConfig(iterations=10, batch_size=8, score="model", last_std=0.2)
+    state, levels = make_state(denoiser, times, config, (2,)), torch.cat([times[:-1], denoiser.path.time(math.atan(0.2))[None]])
+    i, labels = torch.tensor([1, 3, 2, 2, 1, 3]), torch.tensor([0, 1, 2, 0, 1, 2])
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     (found,) = torch.autograd.grad(dxmi.next_value(state, x, i, {"class_labels": labels}).sum(), x)
-    for row in range(4):
-        one, t = x[row : row + 1].detach(), times[i[row]]
+    for row in range(6):
+        one, t = x[row : row + 1].detach(), levels[i[row]]
         x0 = denoiser(one, t, {"class_labels": labels[row : row + 1]})
         exact = -state.value.tau / 2 * to_score(x0, one, denoiser.path, t)
         other = -state.value.tau / 2 * to_score(denoiser(one, t), one, denoiser.path, t)
         assert torch.allclose(found[row], exact[0], rtol=1e-4, atol=1e-6)
         assert not torch.allclose(found[row], other[0], rtol=1e-2)
-    (own,) = torch.autograd.grad(state.value(x, i, {"class_labels": labels}).sum(), x)
-    assert torch.equal(found[4:], own[4:])
 
 
 def test_a_rewards_start_is_that_of_the_tilted_data():

@@ -196,7 +196,7 @@ def sample(
     solver: Solver | None = None,
     shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where the model does not say it.")] = None,
     label: Annotated[
-        list[int] | None, Parameter(help="A class, for a model of `train --labels`; several are dealt out in turn.")
+        list[int] | None, Parameter(help="A class, for a model of `train --labels` or a DiT; several take turns.")
     ] = None,
     guidance: Annotated[
         Positive | None, Parameter(help="Scale of classifier-free guidance towards the label; doubles the evaluations.")
@@ -235,7 +235,7 @@ def evaluate(
 ) -> None:
     """Measure quality against the number of evaluations, for schedules, solvers and fine-tuned samplers.
 
-    Models and samplers that know classes are told the data's labels, each in the data's share.
+    Models and samplers that know classes (of `train --labels`, DiTs) are told the data's labels, drawn once at random.
     """
     device = _on(machine)
     from fewstep import evaluation

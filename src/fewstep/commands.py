@@ -133,7 +133,7 @@ def finetune(
         torch.manual_seed(config.seed)
         structured, made_by = models.load_energy(energy) if energy else (None, "")
     state = make_state(denoiser, times, config, data.shape, structured)
-    labels, test_labels = (data.train_labels, data.test_labels) if denoiser.classes else (None, None)
+    labels, test_labels = (labels_for(model, denoiser, each) for each in (data.train_labels, data.test_labels))
     worth = models.load_reward(reward, device) if reward else None
     goal = make_goal(data.train.to(device), labels, worth, reward_weight)
     settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "shape": list(data.shape)}
@@ -142,6 +142,8 @@ def finetune(
         settings |= {"reward_fingerprint": fingerprint(worth.state_dict().values())} if isinstance(worth, nn.Module) else {}
     if energy is not None:
         settings |= {"energy": models.relative_to(energy, out)[0], "energy_fingerprint": made_by}
+    if labels is not None:
+        settings |= {"labels_fingerprint": fingerprint([labels])}
     settings |= data_settings(source, data) | dataclasses.asdict(config)
     if processes.index == 0:
         open_run(out, "finetune", settings, dataclasses.asdict(FinetuneConfig()))
@@ -185,10 +187,20 @@ def require_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the model takes samples of shape {denoiser.shape}, the data has {shape}{hint}")
 
 
+def labels_for(name: str, denoiser: Denoiser, labels: Tensor | None) -> Tensor | None:
+    """The data's labels (n,), where a class-conditional model of this name is to be told them."""
+    if denoiser.classes is None or labels is None:
+        return None
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= denoiser.classes:
+        raise ValueError(f"the data's labels must lie in 0 .. {denoiser.classes - 1} for {name}, got {low} .. {high}")
+    return labels
+
+
 def label_cond(name: str, denoiser: Denoiser, labels: Sequence[int]) -> dict[str, Tensor]:
     """The conditions that these labels are for the class-conditional model of this name."""
     if denoiser.classes is None:
-        raise ValueError(f"{name} knows no classes, so leave --label out; `fewstep train --labels` makes a model that does")
+        raise ValueError(f"{name} knows no classes, so leave --label out; models of `fewstep train --labels` and DiTs do")
     if bad := [label for label in labels if not 0 <= label < denoiser.classes]:
         raise ValueError(f"--label must lie in 0 .. {denoiser.classes - 1} for {name}, got {bad[0]}")
     return {"class_labels": torch.tensor(labels)}

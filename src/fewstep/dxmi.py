@@ -56,7 +56,9 @@ class FinetuneState:
 
     step counts the density's iterations first, then the sampler's. rate: share of the learning rates that is left after
     roll-backs; pace: share of the sampler's that the trust region leaves. best: weights of the averaged sampler and value with
-    the least `held_out_sw`, where data are held out. model: the pretrained denoiser as it was, for config.score "model".
+    the least `held_out_sw`, where data are held out. model: the pretrained denoiser as it was, for config.score "model";
+    alpha, sigma and model_times (N+1,): the levels of the states before each step, and its time for them; model_knows: the
+    levels it has. It has not those below its cleanest, nor the last one's where that is without noise.
     """
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig, model: Denoiser | None = None):
@@ -95,10 +97,10 @@ class FinetuneState:
         self.back_scale = back.to(sampler.log_std)
         self.back_variance = (path.sigma(t) ** 2 - (back * path.sigma(s)) ** 2).to(sampler.log_std)
         self.noisy = (sampler.std() > 0).detach()
-        alpha, sigma = sampler.levels()
-        self.levels = alpha.to(sampler.log_std), sigma.to(sampler.log_std)
-        self.model_times = path.time(torch.atan2(sigma, alpha)).to(sampler.times)
-        self.model_knows = (sigma / alpha >= 0.999 * path.sigma_min).to(sampler.times.device)
+        self.alpha, self.sigma = sampler.levels()
+        self.model_times = path.time(torch.atan2(self.sigma, self.alpha))
+        self.model_knows = self.sigma / self.alpha >= 0.999 * path.sigma_min  # schedules end at sigma_min but for rounding
+        self.model_knows[-1] &= config.last_std > 0
 
     @property
     def total(self) -> int:
@@ -245,24 +247,23 @@ def value_step(
 
 
 def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) -> Tensor:
-    """V(x, i) of states x (b, *d) before steps i (b,) in order, i >= 1: (b,).
+    """V(x, i) of states x (b, *d) before steps i (b,), i >= 1: (b,).
 
     With config.score "model" its gradient has the pretrained model's score in the place of -D grad A: of what the density has
-    learned in a short while the values will do, but the slopes are worse than the model's. A last slice that is cleaner than
-    all that the model knows keeps A's.
+    learned in a short while the values will do, but the slopes are worse than the model's. Slices that the model does not
+    know (`FinetuneState`) keep A's.
     """
-    n = int(state.model_knows[i].sum())
-    if state.model is None or not n:
+    if state.model is None or not bool((asked := state.model_knows[i.cpu()]).any()):
         return state.value(x, i, cond)
+    ask, slices = asked.to(x.device), i.cpu()[asked]
+    alpha, sigma, t = (each[slices] for each in (state.alpha, state.sigma, state.model_times))
     with torch.no_grad():  # in full precision: a score divides by sigma
-        known, t = x[:n], state.model_times[i[:n]]
-        alpha, sigma = (broadcast(each[i[:n]], known) for each in state.levels)
-        on_path = broadcast(state.model.path.alpha(t), known) / alpha * known  # the last states are data and noise, unscaled
-        x0 = state.model(on_path, t.cpu(), None if cond is None else {k: v[:n] for k, v in cond.items()})
-        slope = (known - alpha * x0) / sigma**2 / state.value.dimensions
-    flat = torch.cat([x[:n].detach(), x[n:]])
-    rise = ((x[:n] - known) * slope).flatten(1).sum(1)  # 0, but for its gradient
-    inner = state.value.density(flat, i, cond) + torch.cat([rise, rise.new_zeros(len(x) - n)])
+        at, slope = x[ask], torch.zeros_like(x)
+        on_path = broadcast(state.model.path.alpha(t) / alpha, at) * at  # the last states are data and noise, unscaled
+        x0 = state.model(on_path, t, None if cond is None else {k: v[ask] for k, v in cond.items()})
+        slope[ask] = (at - broadcast(alpha, at) * x0) / broadcast(sigma, at) ** 2 / state.value.dimensions
+    inner = state.value.density(torch.where(broadcast(ask, x) > 0, x.detach(), x), i, cond)
+    inner = inner + ((x - x.detach()) * slope).flatten(1).sum(1)  # 0, but for its gradient
     return state.value.tau * inner + state.value.correction(x, i, cond)
 
 

@@ -18,6 +18,7 @@ from fewstep.commands import (
     find_schedule,
     generate,
     guided,
+    labels_for,
     load,
     model_settings,
     require_shape,
@@ -76,6 +77,10 @@ def evaluate(
     them; guidance: scale of the model's classifier-free guidance towards them. Returns the folder, the rows, and the floor:
     the same measures between held-out and training data. A repeated command goes on with the cells that are missing.
     """
+    if model is None and guidance is not None:
+        raise ValueError("--guidance is for a --model: fine-tuned samplers know none")
+    if sampler_steps and not samplers:
+        raise ValueError("--sampler-steps is for a --sampler; a model's are --steps")
     data = load(source)
     extract = models.load_function(features) if features else None
     settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
@@ -86,20 +91,28 @@ def evaluate(
         denoiser = models.load_denoiser(model, device)
         require_shape(denoiser, data.shape)
         settings |= model_settings(model, denoiser, out)
-        told = labels_for(model, denoiser, data)
+        told = told_labels(model, denoiser, data)
+        if guidance is not None and denoiser.classes is None:
+            raise ValueError(
+                f"{model} knows no classes, so leave --guidance out; models of `fewstep train --labels` and DiTs do"
+            )
         if guidance is not None and told is None:
-            raise ValueError("--guidance needs a model of `fewstep train --labels`, and data with labels to guide it towards")
+            raise ValueError(f"{source.data} has no labels to guide towards, so leave --guidance out")
         if guidance is not None:
             denoiser = guided(denoiser, guidance)
         for label, name in labels_of(schedules, "learned").items():
             found = find_schedule(name, denoiser)
             settings[f"schedule: {label}"] = fingerprint([found.u, found.theta])
-            cells += [(f"{label}, {s}", denoiser, found.times(denoiser.path, n), s, told) for s in solvers for n in steps]
+            cells += [
+                (f"{label}, {s}", denoiser, found.times(denoiser.path, n), s, told)
+                for s in solvers
+                for n in dict.fromkeys(steps)
+            ]
     for label, name in labels_of(samplers, "fine-tuned").items():
         tuned, _ = models.load_sampler(name, device)
         settings[f"sampler: {label}"] = fingerprint(tuned.state_dict().values())
-        told = labels_for(name, tuned.denoiser, data)
-        for n in sampler_steps or [tuned.steps]:
+        told = told_labels(name, tuned.denoiser, data)
+        for n in dict.fromkeys(sampler_steps or [tuned.steps]):
             other = tuned if n == tuned.steps else in_steps(tuned, n)
             cells.append((label, other, other.times.cpu(), "", told))
     if data.train_labels is not None and any(told for *_, told in cells):
@@ -124,14 +137,12 @@ def evaluate(
     return folder, rows, floor
 
 
-def labels_for(name: str, denoiser: Denoiser, data: Data) -> Told:
-    """The data's labels in an order of chance, for a class-conditional model of this name; none where there are none."""
-    if denoiser.classes is None or data.train_labels is None:
+def told_labels(name: str, denoiser: Denoiser, data: Data) -> Told:
+    """The data's labels, shuffled, for a class-conditional model of this name, to be dealt out; None where there are none."""
+    labels = labels_for(name, denoiser, data.train_labels)
+    if labels is None:
         return None
-    if int(data.train_labels.max()) >= denoiser.classes:
-        raise ValueError(f"the data have a label {int(data.train_labels.max())}, {name} has {denoiser.classes} classes")
-    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-    return {"class_labels": data.train_labels[order]}
+    return {"class_labels": labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]}
 
 
 def labels_of(names: Sequence[str], kind: str) -> dict[str, str]:
