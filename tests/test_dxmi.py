@@ -579,6 +579,7 @@ TABLE = Tabulated(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch
 def test_the_models_score_stands_in_for_the_densitys(path):
     """Values stay V's; of N(0, I), gradients are tau x/(alpha^2 + sigma^2)/D; the last slice has no scale and a noise of .1."""
     state = state_of(path, score="model")
+    state.knows_last = True
     torch.nn.init.normal_(state.value.density_net.last.weight)
     i = torch.tensor([3, 1, 2, 2, 1, 3])
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
@@ -593,9 +594,8 @@ def test_the_models_score_stands_in_for_the_densitys(path):
     assert not torch.allclose(own, exact, atol=1e-2)
 
 
-@pytest.mark.parametrize(("path", "last_std"), [(VE(0.08, 10), 0.05), (VP(), 0.0)], ids=["too clean", "no noise"])
-def test_a_last_slice_that_the_model_does_not_know_keeps_the_densitys_slope(path, last_std):
-    state, i = state_of(path, score="model", last_std=last_std), torch.tensor([1, 2, 3])
+def test_a_last_slice_that_the_model_does_not_know_keeps_the_densitys_slope():
+    state, i = state_of(VP(), score="model"), torch.tensor([1, 2, 3])
     torch.nn.init.normal_(state.value.density_net.last.weight)
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     (found,) = torch.autograd.grad(dxmi.next_value(state, x, i).sum(), x)
@@ -607,6 +607,25 @@ def test_a_last_slice_that_the_model_does_not_know_keeps_the_densitys_slope(path
     assert torch.equal(dxmi.next_value(state, x, last), state.value(x, last))
 
 
+@pytest.mark.parametrize(
+    ("last_std", "off", "known"),
+    [(0.1, 0.0, True), (0.1, 0.09, True), (0.1, 0.11, False), (0.0, 0.0, False)],
+    ids=["exact", "off by less than the noise", "by more", "no noise"],
+)
+def test_the_model_is_asked_about_the_last_slice_if_it_takes_noise_off_there(last_std, off, known):
+    """The data are one point, which an exact denoiser finds; x_0 off by as much as the noise is worth no question."""
+    state, data = state_of(VP(), score="model", last_std=last_std, density_iterations=1), torch.full((1000, 2), 0.5)
+    state.model.forward = lambda x, t, cond: torch.full_like(x, 0.5 + off)
+    dxmi.start_sampler(state, Goal(data + 1e-6 * torch.randn(1000, 2)))
+    assert state.knows_last == known
+    again = state_of(VP(), score="model", last_std=last_std, density_iterations=1)
+    again.load_state_dict(state.state_dict())
+    assert again.knows_last == known
+    older = {k: v for k, v in state.state_dict().items() if k != "knows_last"}  # of a run that never asked there
+    again.load_state_dict(older)
+    assert not again.knows_last
+
+
 def test_the_models_score_is_that_of_each_samples_class():
     """Each gradient has its own class's score, in the last slice too, whose noise is .2."""
     torch.manual_seed(0)
@@ -616,6 +635,7 @@ def test_the_models_score_is_that_of_each_samples_class():
     times = karras(0.15, 10).times(denoiser.path, 3)
     config = FinetuneConfig(iterations=10, batch_size=8, score="model", last_std=0.2)
     state, levels = make_state(denoiser, times, config, (2,)), torch.cat([times[:-1], denoiser.path.time(math.atan(0.2))[None]])
+    state.knows_last = True
     i, labels = torch.tensor([1, 3, 2, 2, 1, 3]), torch.tensor([0, 1, 2, 0, 1, 2])
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     (found,) = torch.autograd.grad(dxmi.next_value(state, x, i, {"class_labels": labels}).sum(), x)

@@ -57,8 +57,8 @@ class FinetuneState:
     step counts the density's iterations first, then the sampler's. rate: share of the learning rates that is left after
     roll-backs; pace: share of the sampler's that the trust region leaves. best: weights of the averaged sampler and value with
     the least `held_out_sw`, where data are held out. model: the pretrained denoiser as it was, for config.score "model";
-    alpha, sigma and model_times (N+1,): the levels of the states before each step, and its time for them; model_knows: the
-    levels it has. It has not those below its cleanest, nor the last one's where that is without noise.
+    alpha, sigma and model_times (N+1,): the levels of the states before each step, and its time for them; knows_last: whether
+    it is any good at the last one (`model_denoises`).
     """
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig, model: Denoiser | None = None):
@@ -99,8 +99,7 @@ class FinetuneState:
         self.noisy = (sampler.std() > 0).detach()
         self.alpha, self.sigma = sampler.levels()
         self.model_times = path.time(torch.atan2(self.sigma, self.alpha))
-        self.model_knows = self.sigma / self.alpha >= 0.999 * path.sigma_min  # schedules end at sigma_min but for rounding
-        self.model_knows[-1] &= config.last_std > 0
+        self.knows_last = False
 
     @property
     def total(self) -> int:
@@ -138,14 +137,16 @@ class FinetuneState:
     def state_dict(self) -> dict[str, Any]:
         own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
         first = {"first_std": self.first_std, "first_spread": self.first_spread}
-        return self.learned() | own | first | {"rolled_back": self.rolled_back, "best": self.best}
+        return (
+            self.learned() | own | first | {"rolled_back": self.rolled_back, "best": self.best, "knows_last": self.knows_last}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restore(state)
         self.generator.set_state(state["generator"])
         self.step, self.rate, self.rolled_back = state["step"], state["rate"], state["rolled_back"]
         self.best, self.first_std = state["best"], state["first_std"].to(self.first_std)
-        self.first_spread = state["first_spread"]
+        self.first_spread, self.knows_last = state["first_spread"], state.get("knows_last", False)
 
 
 def make_state(
@@ -250,12 +251,12 @@ def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) ->
     """V(x, i) of states x (b, *d) before steps i (b,), i >= 1: (b,).
 
     With config.score "model" its gradient has the pretrained model's score in the place of -D grad A: of what the density has
-    learned in a short while the values will do, but the slopes are worse than the model's. Slices that the model does not
-    know (`FinetuneState`) keep A's.
+    learned in a short while the values will do, but the slopes are worse than the model's.
     """
-    if state.model is None or not bool((asked := state.model_knows[i.cpu()]).any()):
+    ask = (i < state.value.steps) | state.knows_last
+    if state.model is None or not bool(ask.any()):
         return state.value(x, i, cond)
-    ask, slices = asked.to(x.device), i.cpu()[asked]
+    slices = i[ask].cpu()
     alpha, sigma, t = (each[slices] for each in (state.alpha, state.sigma, state.model_times))
     with torch.no_grad():  # in full precision: a score divides by sigma
         at, slope = x[ask], torch.zeros_like(x)
@@ -360,8 +361,21 @@ def start_sampler(state: FinetuneState, goal: Goal) -> None:
         smoothed = data + float(sampler.last_std) * noise[1].to(data)
         nats = state.value.dimensions * state.value.density(smoothed, sampler.steps, cond)
         state.value.tau.fill_(SPREAD * state.value.dimensions / float(nats.std()))
+    state.knows_last = model_denoises(state, data, noise[1].to(data), cond)
     state.averaged = averaged(sampler, config.ema)
     state.averaged_value = averaged(state.value, config.ema)
+
+
+def model_denoises(state: FinetuneState, data: Tensor, noise: Tensor, cond: Cond) -> bool:
+    """Whether the pretrained model takes off some of the noise (b, *d) that the last step leaves on the data (b, *d).
+
+    A schedule may end at noisier levels than the model has learned, and the model's cleanest may be noisier than that noise.
+    """
+    r, t = float(state.sampler.last_std), state.model_times[-1]
+    if state.model is None or not r:
+        return False
+    x0 = state.model(broadcast(state.model.path.alpha(t), data) * (data + r * noise), t, cond)
+    return float((x0 - data).square().mean()) < r**2
 
 
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
