@@ -10,7 +10,8 @@
 RUN: folders of `fewstep train`; that of the digits was trained with --iterations 4000 --sigma-min 0.2 --sigma-max 10. DATA:
 folders with idx files. FILE: mnist_classifier.pth of ccexam. A cell is a model, a method, a number of steps and a seed; rows
 of finished cells are kept in --rows, with the learned schedules, fine-tuned samplers and classifiers that they need, so that a
-killed or repeated command continues. Of two commands at once, each needs cells of its own, and the schedules are best learned
+killed or repeated command continues. A row knows its settings and weights, not the code: after a change of the method, remove
+the rows and folders that it changes. Of two commands at once, each needs cells of its own, and the schedules are best learned
 before (`--only schedule`).
 
 Writes benchmarks/images.json, and docs/pictures/images_<model>.png: every method from the same noises.
@@ -63,9 +64,12 @@ SHOWN = 32  # samples in a picture, of seed 0
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
 SHORT_RUN = FinetuneConfig(density_iterations=600, batch_size=32)
 FINETUNE = {
-    "digits": FinetuneConfig(),
-    "mnist_slim": replace(SHORT_RUN, iterations=160, score="model"),
-    "fashion": replace(SHORT_RUN, iterations=160, score="model", critic_steps=4, lr_value=3e-4),
+    "fine-tuned": {
+        "digits": FinetuneConfig(),
+        "mnist_slim": replace(SHORT_RUN, iterations=160, score="model"),
+        "fashion": replace(SHORT_RUN, iterations=160, score="model", critic_steps=4, lr_value=3e-4),
+    },
+    "fine-tuned on the model's score": {"digits": FinetuneConfig(score="model")},
 }
 MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
@@ -73,7 +77,7 @@ QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_d
 
 @dataclass(frozen=True)
 class Cell:
-    """solver: of `fewstep sample`, "fine-tuned", or MOVED. levels: own, karras or learned."""
+    """solver: of `fewstep sample`, of FINETUNE, or MOVED. levels: own, karras or learned."""
 
     solver: str
     levels: str
@@ -88,7 +92,7 @@ class Cell:
         return f"{self.method}, {self.steps} steps, seed {self.seed}"
 
 
-def cells(full: int, moved: bool) -> Iterator[Cell]:
+def cells(name: str, full: int, moved: bool) -> Iterator[Cell]:
     for steps in (4, 10, 50, full):
         yield Cell("ancestral", "own", steps)
         if moved:
@@ -98,8 +102,9 @@ def cells(full: int, moved: bool) -> Iterator[Cell]:
         for levels in ("karras", "learned"):
             yield Cell("dpmpp_2m", levels, steps)
             yield Cell("ancestral", levels, steps)
-            for seed in range(3 if steps == 4 else 1):
-                yield Cell("fine-tuned", levels, steps, seed)
+            for solver in (solver for solver, settings in FINETUNE.items() if name in settings):
+                for seed in range(3 if steps == 4 else 1):
+                    yield Cell(solver, levels, steps, seed)
 
 
 # --- features and classes -----------------------------------------------------------------------------------------
@@ -199,7 +204,7 @@ class Subject:
         return int(path.index(1.0)) if isinstance(path, Tabulated) else 200
 
     def cells(self) -> list[Cell]:
-        return list(cells(20 if self.args.quick else self.full, self.moved))
+        return list(cells(self.name, 20 if self.args.quick else self.full, self.moved))
 
     @cached_property
     def net(self) -> Classifier:
@@ -236,7 +241,7 @@ class Subject:
 
     def key(self, cell: Cell) -> dict:
         """What tells a finished row from those of other cells, settings and weights."""
-        settings = asdict(self.finetune_config(cell.seed)) if cell.solver == "fine-tuned" else None
+        settings = asdict(self.finetune_config(cell)) if cell.solver in FINETUNE else None
         count = self.args.count if cell.steps <= SHORT or self.pixels else self.args.few
         about = {"count": count, "few": self.args.few, "fingerprint": fingerprint(self.denoiser.state_dict().values())}
         return {"model": self.name} | asdict(cell) | about | {"settings": settings}
@@ -244,8 +249,8 @@ class Subject:
     def learn_config(self) -> LearnConfig:
         return replace(QUICK_LEARN if self.args.quick else LEARN, sigma_min=self.range[0], sigma_max=self.range[1])
 
-    def finetune_config(self, seed: int) -> FinetuneConfig:
-        config = replace(FINETUNE[self.name], seed=seed)
+    def finetune_config(self, cell: Cell) -> FinetuneConfig:
+        config = replace(FINETUNE[cell.solver][self.name], seed=cell.seed)
         return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
     def schedule(self, levels: str) -> Path:
@@ -264,17 +269,17 @@ class Subject:
 
     def sampler(self, cell: Cell) -> Sampler:
         """The fine-tuned one, trained when it is first asked for."""
-        out = self.rows / f"finetuned-{self.name}-{cell.levels}-{cell.steps}-{cell.seed}"
+        out = self.rows / f"{cell.solver}-{self.name}-{cell.levels}-{cell.steps}-{cell.seed}"
+        config = self.finetune_config(cell)
         if not (out / models.VALUE).exists():
-            name, config = str(self.schedule(cell.levels)), self.finetune_config(cell.seed)
-            finetune(self.model, self.source, out, cell.steps, config, name, self.args.device)
-        if models.config_of(FinetuneConfig, read_config(out)["config"]) != self.finetune_config(cell.seed):
+            finetune(self.model, self.source, out, cell.steps, config, str(self.schedule(cell.levels)), self.args.device)
+        if models.config_of(FinetuneConfig, read_config(out)["config"]) != config:
             raise SystemExit(f"{out} was made with other settings; remove it")
         return models.load_sampler(out, self.args.device)[0].to(memory_format=torch.channels_last)
 
     def ready(self, cell: Cell) -> tuple[Denoiser | Sampler, str, Tensor]:
         """What a cell is sampled with: a model with its solver, or a sampler, and the times."""
-        if cell.solver == "fine-tuned":
+        if cell.solver in FINETUNE:
             sampler = self.sampler(cell)
             return sampler, "", sampler.times.cpu()
         times = self.times(cell)
@@ -385,10 +390,11 @@ def document(folder: Path) -> dict:
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
         own = [row for row in rows if row["model"] == name]
-        tuned = [row["settings"] for row in own if row["settings"]]
-        settings, *others = [{k: v for k, v in each.items() if k != "seed"} for each in tuned] or [{}]
-        if any(other != settings for other in others):
-            raise SystemExit(f"the fine-tuned rows of {name} have different settings; run them again with one")
+        settings: dict[str, dict] = {}
+        for row in (row for row in own if row["settings"]):
+            used = {k: v for k, v in row["settings"].items() if k != "seed"}
+            if settings.setdefault(row["solver"], used) != used:
+                raise SystemExit(f"rows {row['solver']!r} of {name} have different settings; run them again with one")
         kept = ("method", "solver", "levels", "steps", "seed", "evaluations", "at", "kept", "sigmas", "seconds")
         found[name] = json.loads(file.read_text()) | {"finetune": settings}
         found[name]["rows"] = [{k: row[k] for k in kept if k in row} for row in own]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fewstep import dxmi, finetuning
 from fewstep.config import FinetuneConfig
@@ -509,16 +510,17 @@ def test_the_best_state_is_the_one_closest_to_the_held_out_data():
 # --- several processes --------------------------------------------------------------------------------------------------
 
 TWO = """
-import sys, torch
+import sys
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
+from fewstep.models import save_weights
 from fewstep.processes import Processes
 import test_dxmi
 processes = Processes(Accelerator(cpu=True))
 assert processes.count == 2
 state = test_dxmi.short_run(processes)
 if processes.index == 0:
-    torch.save(state.sampler.state_dict(), {out!r})
+    save_weights(state.sampler.state_dict(), {out!r})
 """
 
 
@@ -534,12 +536,12 @@ def short_run(processes=dxmi.ALONE) -> FinetuneState:
 @pytest.mark.timeout(300)
 def test_two_processes_do_what_one_does(tmp_path):
     pytest.importorskip("accelerate")
-    script, out = tmp_path / "two.py", tmp_path / "two.pt"
+    script, out = tmp_path / "two.py", tmp_path / "two.safetensors"
     script.write_text(TWO.format(tests=str(Path(__file__).parent), out=str(out)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = short_run().sampler.state_dict(), torch.load(out, weights_only=True)
+    one, two = short_run().sampler.state_dict(), load_file(out)
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4, msg=name)
 

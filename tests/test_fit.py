@@ -212,7 +212,13 @@ def test_a_saved_dit_is_sampled_judged_and_fine_tuned_by_class(tmp_path, capsys)
     assert np.load(tmp_path / "s" / "samples.npz")["y"].tolist() == [3, 7, 3, 7]
     few = ("--iterations", 2, "--density-iterations", 2, "--batch-size", 8, "--steps", 2)
     fewstep(capsys, "finetune", *model, *data, *few, "--out", tmp_path / "f")
-    fewstep(capsys, "sample", "--model", tmp_path / "f", "--label", 9, "--count", 2, "--out", tmp_path / "t")
+    for name, folder in (("model", tmp_path / "model"), ("sampler", tmp_path / "f")):  # equal noises, other classes
+        made = {}
+        for label in (3, 9):
+            out = tmp_path / f"{name}{label}"
+            fewstep(capsys, "sample", "--model", folder, "--label", label, "--count", 2, "--out", out)
+            made[label] = np.load(out / "samples.npz")["x"]
+        assert abs(made[3] - made[9]).max() > 1e-4
     judge = ("--sampler", tmp_path / "f", "--steps", 2, "--count", 20, "--seeds", 1, "--schedule", "karras")
     fewstep(capsys, "evaluate", *model, *data, *judge, "--out", tmp_path / "e")
     assert "labels_fingerprint" in json.loads((tmp_path / "e" / "config.json").read_text())["config"]

@@ -94,7 +94,8 @@ class Pretrained(Denoiser):
     net: called as net(x, clock(t), **cond), with the clock of shape (b,) in x's precision, returns x's shape.
     clock: from t to the number the network was trained with; default t itself. `path.ratio` for EDM, `path.index` for
     a discrete-time model (a fractional index, never rounded). default_levels: from a number of steps to the angles
-    (steps,) that the model is sampled at today, or None where it has no such grid; for a verdict.
+    (steps,) that the model is sampled at today, or None where it has no such grid; for a verdict. classes: K of a network
+    that takes class_labels, K itself, or none, for "no class" (`Denoiser`).
     """
 
     def __init__(

@@ -92,13 +92,13 @@ def evaluate(
         require_shape(denoiser, data.shape)
         settings |= model_settings(model, denoiser, out)
         told = told_labels(model, denoiser, data)
-        if guidance is not None and denoiser.classes is None:
-            raise ValueError(
-                f"{model} knows no classes, so leave --guidance out; models of `fewstep train --labels` and DiTs do"
-            )
-        if guidance is not None and told is None:
-            raise ValueError(f"{source.data} has no labels to guide towards, so leave --guidance out")
         if guidance is not None:
+            if denoiser.classes is None:
+                raise ValueError(
+                    f"{model} knows no classes, so leave --guidance out; models of `fewstep train --labels` and DiTs do"
+                )
+            if told is None:
+                raise ValueError(f"{source.data} has no labels to guide towards, so leave --guidance out")
             denoiser = guided(denoiser, guidance)
         for label, name in labels_of(schedules, "learned").items():
             found = find_schedule(name, denoiser)
