@@ -174,8 +174,8 @@ class FinetuneConfig:
     """Temperature: weight of the entropy and velocity costs, per dimension. Derived from the density's spread if not given;
     without a density the paper's 0.1."""
     score: Literal["density", "model"] = "density"
-    """Whose score the sampler follows: the learned density's, or the pretrained model's, which was better on MNIST and
-    Fashion-MNIST, brought precision on the digits (docs/log.md) and costs an evaluation more per transition, in float32."""
+    """Whose score the sampler follows: the learned density's, or the pretrained model's, which was better on MNIST, brought
+    precision for recall on the digits (docs/log.md) and costs an evaluation more per transition, in float32."""
     gamma: Positive = 1.0
     """Weight of the square of the energy's correction, which bounds it."""
     value: Literal["per_step", "shared"] = "per_step"
