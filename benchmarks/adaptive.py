@@ -2,6 +2,7 @@
 
     python benchmarks/adaptive.py                          three seeds; writes benchmarks/adaptive.json and its pictures
     python benchmarks/adaptive.py --fashion FOLDER         and one seed of Fashion-MNIST, whose idx files lie in FOLDER
+    python benchmarks/adaptive.py --only PART              one part of these, the others stay in the JSON
     python benchmarks/adaptive.py --draw                   only the pictures, from the JSON
 
 One dimension: a bimodal density, and the third level of Cantor's set, its 8 intervals smoothed to Gaussians; there exact
@@ -17,6 +18,7 @@ import datetime
 import itertools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,6 +41,7 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 GRID = 41
 STEPS = (10, 40)
 LEVELS = ("fixed", "adaptive")
+PARTS = ("one dimension", "digits", "fashion-mnist")
 ONE_D = {"width": 128, "depth": 3, "sigma_min": 0.01, "sigma_max": 40.0, "schedule": "adaptive", "schedule_every": 50}
 ITERATIONS = {"bimodal": 2000, "cantor": 4000}
 DIGITS = {"iterations": 2000, "sigma_min": 0.2, "sigma_max": 10.0, "schedule_every": 50}
@@ -221,24 +224,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fashion", metavar="FOLDER", help="where Fashion-MNIST's idx files lie")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "fewstep-adaptive", help="run folders, kept")
+    parser.add_argument("--only", choices=PARTS, help="the other parts stay as they are in the JSON")
     parser.add_argument("--draw", action="store_true", help="only the pictures")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if not args.draw:
+    densities = {"bimodal": bimodal(), "cantor": cantor()}
+    made: dict[str, Callable[[], dict]] = {
+        "one dimension": lambda: {k: one_dimension(k, exact, args.runs, args.seeds) for k, exact in densities.items()},
+        "digits": lambda: images(Source("digits"), DIGITS, args.runs, args.seeds),
+    }
+    if args.fashion:
+        made["fashion-mnist"] = lambda: images(Source("fashion-mnist", args.fashion), FASHION, args.runs, 1)
+    if args.only and args.only not in made:
+        parser.error("fashion-mnist needs --fashion")
+    for part in () if args.draw else [args.only] if args.only else made:
         args.runs.mkdir(parents=True, exist_ok=True)
-        result |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-        densities = {"bimodal": bimodal(), "cantor": cantor()}
-        result["one dimension"] = {k: one_dimension(k, exact, args.runs, args.seeds) for k, exact in densities.items()}
+        result |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__, part: made[part]()}
         write_json(args.out, result)
-        result["digits"] = images(Source("digits"), DIGITS, args.runs, args.seeds)
-        write_json(args.out, result)
-        if args.fashion:
-            result["fashion-mnist"] = images(Source("fashion-mnist", args.fashion), FASHION, args.runs, 1)
-            write_json(args.out, result)
     PICTURES.mkdir(parents=True, exist_ok=True)
     draw_one_dimension(result["one dimension"], PICTURES / "adaptive_1d.png")
-    for name in ("digits", "fashion-mnist"):
+    for name in PARTS[1:]:
         if name in result:
             draw_images(name, result[name], PICTURES / f"adaptive_{name}.png")
 

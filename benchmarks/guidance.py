@@ -2,6 +2,7 @@
 
     python benchmarks/guidance.py                    three seeds, 5 minutes of CPU; writes guidance.json and its picture
     python benchmarks/guidance.py --model FOLDER     and how far copies of a trained model drift: bfloat16, int8, noise
+    python benchmarks/guidance.py --model FOLDER --drift     only that; the rest stays in the JSON
     python benchmarks/guidance.py --draw             only the picture, from the JSON
 
 Guidance: a ring of 8 Gaussians, whose classes are 4 pairs of neighbours of unequal weights and of stds 0.05 to 0.5, with
@@ -233,10 +234,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a folder of `fewstep train`, for the drift of its copies")
+    parser.add_argument("--drift", action="store_true", help="only the copies of --model; the rest stays in the JSON")
     parser.add_argument("--draw", action="store_true", help="only the picture")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
+    if args.drift and not args.model:
+        parser.error("--drift needs --model")
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.draw:
         result |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
@@ -244,7 +248,7 @@ def main() -> None:
             result["drift"] = {"model": json.loads((args.model / "config.json").read_text())["config"]["data"]}
             result["drift"]["rows"] = drift(args.model)
             write_json(args.out, result)
-        for key, models in (("scales", scales_models()), ("classes", class_models())):
+        for key, models in () if args.drift else (("scales", scales_models()), ("classes", class_models())):
             started = time.process_time()
             result[key] = [row for solver in SOLVERS for seed in range(args.seeds) for row in exchanged(models, solver, seed)]
             result["cpu_seconds"] = result.get("cpu_seconds", {}) | {key: round(time.process_time() - started)}

@@ -2,6 +2,7 @@
 
     python benchmarks/schedules.py                                      exact mixtures, three seeds
     python benchmarks/schedules.py --digits RUN --mnist DATA --fashion RUN --fashion-data DATA      and networks
+    python benchmarks/schedules.py --add ...                            only cells that the JSON lacks; its others stay
     python benchmarks/schedules.py --draw                               only the summary and the figure, from the rows
 
 RUN: folders of `fewstep train` (digits; fashion-mnist). DATA: folders with idx files; --mnist stands for the third-party
@@ -44,7 +45,20 @@ from fewstep.run import load_tree, read_lines, save_tree
 from fewstep.schedule import Schedule
 from fewstep.tailor import LEVELS, NOISES, fit_curve, refine_steps
 from fewstep.verdict import guard, judge, ratio, settle
-from schedules_summary import CURVE, FREE, GUARDED, OURS, PICTURE, SOLVERS, STANDARD, document, draw, rounded, write_document
+from schedules_summary import (
+    CURVE,
+    FREE,
+    GUARDED,
+    OURS,
+    PICTURE,
+    SOLVERS,
+    STANDARD,
+    document,
+    draw,
+    key,
+    rounded,
+    write_document,
+)
 from tables import schedules
 
 HERE = Path(__file__).parent
@@ -324,7 +338,7 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
 
 def rows_in(folder: Path) -> list[dict]:
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
-    return list({(r["model"], r["solver"], r["steps"], r["seed"]): r for r in rows}.values())
+    return list({key(row): row for row in rows}.values())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -344,7 +358,7 @@ def run(args: argparse.Namespace) -> None:
             if seed >= model.plan.seeds and args.seeds is None:
                 continue
             for solver in (s for s in model.plan.solvers if not args.solvers or s in args.solvers):
-                done = {(r["model"], r["solver"], r["steps"], r["seed"]) for r in rows_in(args.rows)}
+                done = {key(row) for row in rows_in(args.rows)} | {key(cell) for cell in args.known.get("cells", ())}
                 curve = Curve(model, solver, seed)
                 for steps in (n for n in model.plan.steps if not args.steps or n in args.steps):
                     if (name, solver, steps, seed) in done:
@@ -384,14 +398,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="as many; default 3, and 1 for the convolutions")
     parser.add_argument("--rows", type=Path, default=HERE.parent / "runs" / "schedules", help="where finished cells are kept")
     parser.add_argument("--peers", type=Path, metavar="ROWS", help="take the peers' levels from these rows, made before")
+    parser.add_argument("--add", action="store_true", help="cells of --out, if of the same models, count as finished and stay")
     parser.add_argument("--draw", action="store_true", help="only the summary and the figure")
     parser.add_argument("--no-draw", action="store_true", help="only the rows: another command is at work as well")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
+    args.known = json.loads(args.out.read_text()) if args.add and args.out.exists() else {}
     if not args.draw:
         run(args)
     if not args.no_draw:
-        doc = document(rows_in(args.rows))
+        doc = document(rows_in(args.rows), args.known)
         write_document(args.out, doc)
         draw(doc, PICTURE)
         print(schedules(doc))

@@ -23,6 +23,7 @@ TO_DATA = tuple(f"{name}_to_data" for name in STANDARD if name != "dmn")  # the 
 FREE = STANDARD + TO_DATA
 GUARDED = ("karras", "log_linear", "kl_optimal")
 SOLVERS = ("dpmpp_2m", "unipc", "euler", "ipndm", "deis", "heun")
+MEASURES = ("rmse", "median", "sw", "fd")
 FEW = 8  # "few steps" of the summary: up to here
 
 
@@ -139,19 +140,36 @@ def cost_of_peers(rows: list[dict]) -> dict:
     }
 
 
-def document(rows: list[dict]) -> dict:
-    def short(row: dict) -> dict:
-        head = {k: row[k] for k in ("model", "solver", "steps", "seed", "noises")}
-        measures = {
-            k: {n: c[k] for n, c in row["methods"].items() if k in c}
-            for k in ("rmse", "median", "sw", "fd")
-            if k in row["methods"][OURS]
-        }
-        return head | {"ours": row["ours"], "sigmas": row["methods"][OURS]["sigmas"], "against": row["against"]} | measures
-
+def document(rows: list[dict], before: dict | None = None) -> dict:
+    """The JSON of these rows; before: an earlier one, whose other cells are kept, and what its peers cost."""
+    if before:
+        known = {key(row) for row in rows}
+        rows = [row_of(cell) for cell in before["cells"] if key(cell) not in known] + rows
+    costs = (before or {}).get("cost_of_peers", {}) | cost_of_peers(rows)
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    summary = {"summary": summarise(rows), "lost": lost(rows), "cost_of_peers": cost_of_peers(rows)}
-    return about | summary | {"cells": [short(row) for row in rows]}
+    summary = {"summary": summarise(rows), "lost": lost(rows), "cost_of_peers": costs}
+    return about | summary | {"cells": [cell_of(row) for row in rows]}
+
+
+def key(row: dict) -> tuple:
+    return tuple(row[k] for k in ("model", "solver", "steps", "seed"))
+
+
+def cell_of(row: dict) -> dict:
+    """What the JSON keeps of a row: by measure and method instead of by method and measure, and of levels only ours."""
+    head = {k: row[k] for k in ("model", "solver", "steps", "seed", "noises")}
+    measures = {k: {n: c[k] for n, c in row["methods"].items() if k in c} for k in MEASURES if k in row["methods"][OURS]}
+    return head | {"ours": row["ours"], "sigmas": row["methods"][OURS]["sigmas"], "against": row["against"]} | measures
+
+
+def row_of(cell: dict) -> dict:
+    """The other way round; what the peers' fits took is not in a cell."""
+    methods: dict[str, dict] = {n: {"evaluations": 0} for n in cell["rmse"]}
+    for measure in (k for k in MEASURES if k in cell):
+        for n, value in cell[measure].items():
+            methods[n][measure] = value
+    methods[OURS]["sigmas"] = cell["sigmas"]
+    return {k: v for k, v in cell.items() if k not in (*MEASURES, "sigmas")} | {"methods": methods}
 
 
 def write_document(file: Path, doc: dict) -> None:
