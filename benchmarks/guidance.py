@@ -38,11 +38,12 @@ from fewstep import fit
 from fewstep.config import LearnConfig
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.endpoint import Runs, deal, mean_square, reference
+from fewstep.free import free_schedules
 from fewstep.mixture import ring
 from fewstep.path import VE
 from fewstep.report import COLOURS  # and the style of our pictures
 from fewstep.run import write_json
-from fewstep.schedule import Schedule, free_schedules
+from fewstep.schedule import Schedule
 from fewstep.tailor import tailor
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "guidance.png"

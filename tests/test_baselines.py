@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
-from scipy.optimize import differential_evolution, minimize
+from scipy.optimize import minimize
 from scipy.stats import beta as beta_distribution
 
 from fewstep import schedule
-from fewstep.baselines import PEERS, Problem, ays, cheapest, dmn_bound, entropic, fit, gits, klub, ld3, oss
+from fewstep.baselines import PEERS, Problem, ays, cheapest, entropic, fit, gits, klub, ld3, oss
 from fewstep.denoiser import Denoiser, OnPath
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP
@@ -112,37 +112,6 @@ def test_beta_against_scipy():
 
 def test_beyond_the_linear_beta_path_beta_keeps_the_range():
     assert float(fit("beta", problem(ring(), 4, high=500.0)).sigmas[0]) == pytest.approx(500)
-
-
-def test_dmn_bound_by_quadrature():
-    lam = np.array([-4.0, -2.5, -1.7, -0.2, 1.0, 2.2, 4.0])
-    sigma = np.exp(-lam)
-    error = sigma**2 / np.sqrt(1 + sigma**2)
-    moved = np.zeros((6, 6))
-    for s, order in enumerate([1, 2, 3, 3, 2, 1]):
-        nodes = range(s - order + 1, s + 1)
-        for k in nodes:
-            others = [m for m in nodes if m != k]
-            lagrange = lambda x, k=k, others=others: math.prod((x - lam[m]) / (lam[k] - lam[m]) for m in others)  # noqa: E731
-            moved[s, k] = error[k] * quad(lambda x, f=lagrange: math.exp(x) * f(x), lam[s], lam[s + 1])[0]
-    expected = np.linalg.norm(moved[[0, 1, 2, 5]], axis=1).sum() + abs(moved[3:5].sum(0)).sum()
-    assert float(dmn_bound(torch.from_numpy(lam))) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("steps", [3, 4])
-def test_dmn_is_the_minimum(steps):
-    def bound(sigmas: torch.Tensor) -> float:
-        return float(dmn_bound(-torch.cat([sigmas[:-1], torch.tensor([LOW])]).log()))
-
-    def of_gaps(gaps: np.ndarray) -> float:
-        share = np.cumsum(np.exp(gaps) / np.exp(gaps).sum())[:-1]
-        return bound(torch.from_numpy(np.r_[HIGH, HIGH * (LOW / HIGH) ** share, 0]))
-
-    p = problem(ring(), steps)
-    found = bound(fit("dmn", p).sigmas)
-    other = differential_evolution(of_gaps, [(-3, 2)] * steps, seed=0, maxiter=40, polish=False).fun
-    assert found <= 1.001 * other
-    assert found < bound(fit("log_linear_to_data", p).sigmas)
 
 
 # --- from the denoising error -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ LAYERS = [
     ["denoiser"],
     ["mixture", "adapters"],
     ["schedule", "solvers", "metrics"],
+    ["free"],
     ["cost", "endpoint"],
     ["refine", "verdict"],
     ["tailor"],

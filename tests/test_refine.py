@@ -14,11 +14,12 @@ from torch import Tensor
 from counting import Counting
 from fewstep.denoiser import Denoiser
 from fewstep.endpoint import Runs, mean_square, reference
+from fewstep.free import free_schedules
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Path, Tabulated, as_time
 from fewstep.refine import Bounds, _jacobian, descend, refine
 from fewstep.refine import bounds_of as bounds_from
-from fewstep.schedule import Schedule, bend, free_schedules, karras, kl_optimal, log_linear, unbend
+from fewstep.schedule import Schedule, bend, karras, kl_optimal, log_linear, unbend
 from fewstep.solvers import evaluations_of
 
 PATHS = {

@@ -17,7 +17,6 @@ from fewstep.schedule import (
     bend,
     cosine,
     equalise,
-    free_schedules,
     from_costs,
     karras,
     kl_optimal,
@@ -655,21 +654,3 @@ def test_no_stretch_of_levels_is_skipped_with_damping():
     for damping, above in ((0.0, 1), (0.5, 10)):
         levels = from_costs(theta, costs, damping=damping).sigmas(61)[:-1]
         assert int((levels > 1.01 * log_uniform(61)[30]).sum()) == pytest.approx(above, abs=1)
-
-
-def test_the_free_schedules_are_the_named_ones_in_both_readings_over_the_range():
-    free = free_schedules(0.01, 50.0)
-    names = ["karras", "log_linear", "kl_optimal", "linear", "beta", "karras (rho 3)"]
-    assert set(free) == {*names, *(f"{name} to data" for name in names)}
-    own = {"karras (rho 3)": karras(0.01, 50.0, rho=3.0)} | {name: NAMED[name](0.01, 50.0) for name in names[:-1]}
-    for name, curve in own.items():
-        assert torch.equal(free[name].angles(7), curve.angles(7))
-        assert torch.equal(free[f"{name} to data"].angles(7)[:-1], curve.angles(8)[:-2])
-        for schedule in (free[name], free[f"{name} to data"]):
-            assert float(schedule.sigmas(7)[0]) == pytest.approx(50.0, rel=1e-9)
-            assert schedule.grids == {}
-    # cosine is left out, as it is one of them
-    torch.testing.assert_close(cosine(0.01, 50.0).angles(7), free["kl_optimal"].angles(7), rtol=1e-9, atol=0)
-    # and all of them differ
-    grids = torch.stack([s.angles(7) for s in free.values()])
-    assert float((torch.cdist(grids, grids) + torch.eye(len(grids))).min()) > 1e-3

@@ -10,9 +10,10 @@ from scipy.integrate import quad
 from counting import Counting
 from fewstep.denoiser import Denoiser, Guided, Pretrained
 from fewstep.endpoint import Runs, mean_square, reference, squared_errors
+from fewstep.free import free_schedules
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Tabulated
-from fewstep.schedule import Schedule, free_schedules, karras
+from fewstep.schedule import Schedule, karras
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import DAMPING, TRIED_AT, curve_of, fit_curve, refine_steps, split_half_error, tailor, through
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from counting import Counting
 from fewstep.denoiser import Denoiser
 from fewstep.endpoint import Reference, Runs, mean_square, reference
+from fewstep.free import free_schedules
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Linear
 from fewstep.refine import bounds_of, descend
-from fewstep.schedule import Schedule, bend, free_schedules, karras, log_linear, unbend
+from fewstep.schedule import Schedule, bend, karras, log_linear, unbend
 from fewstep.solvers import evaluations_of
 from fewstep.verdict import REPETITIONS, guard, judge, ratio, sentences, settle
 
@@ -112,13 +113,13 @@ def test_the_errors_are_the_endpoint_errors_of_every_grid_and_are_counted(path, 
     schedule = replace(log_linear(**own), grids={3: grid}, provenance=own, pure_noise=pure)
     known = reference(model.denoiser, noise(20))
     verdict = judge(model, solver, schedule, [3, 5], known, tick=ticks.append)
-    free = {name: replace(s, pure_noise=pure) for name, s in free_schedules(**own).items()}
-    assert len(free) == 12
+    free = free_schedules(**own, steps=[3, 5], pure_noise=pure)
+    assert len(free) == 13
     assert verdict["measure"] == "endpoint error"
     assert verdict["noises"] == 20
     assert list(verdict["steps"]) == ["3", "5"]
-    spent = sum(len(known.noise) * 13 * evaluations_of(solver, n) for n in (3, 5))
-    spent -= 20 * 2 * 13 * (pure and solver == "heun")  # which asks once on a step from pure noise
+    spent = sum(len(known.noise) * 14 * evaluations_of(solver, n) for n in (3, 5))
+    spent -= 20 * 2 * 14 * (pure and solver == "heun")  # which asks once on a step from pure noise
     assert verdict["evaluations"] - known.evaluations == model.samples == sum(ticks) == spent
     runs = Runs(ring(path=path), solver, known.noise)
     for n in (3, 5):
@@ -143,7 +144,7 @@ def test_the_models_default_is_judged_as_it_is_called(known):
     model = Counting(ring())
     verdict = judge(model, "euler", GOOD, [4, 7], known, default=default)
     assert asked == [4, 7]
-    assert model.samples == 48 * 14 * 11
+    assert model.samples == 48 * 15 * 11
     runs = Runs(ring(), "euler", known.noise)
     for n in (4, 7):
         row = verdict["steps"][str(n)]
@@ -156,7 +157,7 @@ def test_the_models_default_is_judged_as_it_is_called(known):
 
 def test_the_models_default_does_not_stand_in_for_the_best_free_schedule(known):
     verdict = judge(ring(), "euler", BAD, [4], known, default=lambda n: GOOD.angles(n)[:-1] * 0.98)
-    assert verdict["steps"]["4"]["best_free"] in free_schedules(**LIMITS)
+    assert verdict["steps"]["4"]["best_free"] in free_schedules(**LIMITS, steps=[4])
 
 
 def test_free_schedules_are_judged_over_the_range_that_was_learned(known):
@@ -205,7 +206,7 @@ def test_a_stochastic_solver_is_judged_by_its_samples_distance_and_counted(solve
     own = settled(replace(log_linear(), pure_noise=path.ends_in_pure_noise()))
     verdict = judge(model, solver, own, [2, 12], known, seed=3, tick=ticks.append)
     assert verdict["measure"] == "sliced Wasserstein distance"
-    assert verdict["evaluations"] - known.evaluations == model.samples == sum(ticks) == 40 * 13 * REPETITIONS * 14
+    assert verdict["evaluations"] - known.evaluations == model.samples == sum(ticks) == 40 * 14 * REPETITIONS * 14
     few, many = (verdict["steps"][n]["errors"]["log_linear"] for n in ("2", "12"))
     assert many < 0.7 * few
     # 40 samples against 40 exact ones
@@ -238,7 +239,7 @@ def test_a_grid_that_loses_is_replaced_exactly_by_the_best_free_one_and_the_verd
     schedule = replace(BAD, grids={4: torch.atan(torch.tensor([0.2, 0.1, 0.05, 0.01]))})
     verdict = judge(ring(), "euler", schedule, [4, 6], known)
     kept = guard(schedule, verdict)
-    free = free_schedules(**LIMITS)
+    free = free_schedules(**LIMITS, steps=[4, 6])
     for n, line in zip((4, 6), sentences(kept.provenance["verdict"]), strict=True):
         best = verdict["steps"][str(n)]["best_free"]
         assert kept.provenance["verdict"]["kept"][str(n)] == best
@@ -302,7 +303,7 @@ def test_the_guard_keeps_the_start_from_pure_noise():
     assert kept.provenance["verdict"]["kept"]["5"] != "learned"
     times = kept.times(model.path, 5)
     assert times[0] == 1
-    free = free_schedules(**LIMITS)[kept.provenance["verdict"]["kept"]["5"]]
+    free = free_schedules(**LIMITS, steps=[5])[kept.provenance["verdict"]["kept"]["5"]]
     assert torch.equal(kept.angles(5)[1:], free.angles(5)[1:])
 
 

@@ -37,9 +37,10 @@ from fewstep.config import Condition, LearnConfig, Source
 from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.endpoint import Reference, deal, ignore, level_range, reference, require_deterministic
+from fewstep.free import free_schedules
 from fewstep.learn import learn_schedule
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
-from fewstep.schedule import Schedule, free_schedules
+from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
 from fewstep.verdict import REPETITIONS, guard, interval, judge, settle
@@ -216,7 +217,7 @@ def judged_afresh(
 ) -> dict[str, Any]:
     """The verdict on noises that no fit has seen, as many as it takes to decide."""
     low, high = schedule.made_for()
-    grids = len(free_schedules(low, high)) + 1 + (denoiser.default_levels is not None)
+    grids = len(free_schedules(low, high, steps)) + 1 + (denoiser.default_levels is not None)
     runs = (REPETITIONS if solver in STOCHASTIC else 1) * grids * sum(evaluations_of(solver, n) for n in steps)
 
     def judged(count: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
     rows = {int(n): row["errors"] for n, row in verdict["steps"].items()}
     for name in next(iter(rows.values())):
         colour = {"learned": "C2", "default": "C0"}.get(name, "0.7")
-        marker = {"to data": "v"}.get(name[-7:], "o")
+        marker = "v" if name.endswith("to data") or name == "dmn" else "o"
         axis.loglog(list(rows), [errors[name] or math.nan for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1)
         if name in ("learned", "default"):
             axis.plot([], [], marker + "-", color=colour, ms=4, lw=1, label=name)

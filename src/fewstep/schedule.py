@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
 
@@ -303,11 +303,3 @@ def beta(sigma_min: float = 0.002, sigma_max: float = 80.0, a: float = 0.6, b: f
 
 
 NAMED: dict[str, Callable[..., Schedule]] = {f.__name__: f for f in (karras, log_linear, kl_optimal, linear, cosine, beta)}
-
-
-def free_schedules(sigma_min: float, sigma_max: float, pure_noise: bool = False) -> dict[str, Schedule]:
-    """The schedules that cost nothing, in both readings: N levels down to sigma_min before exact data, or `to data`."""
-    curves = {name: make(sigma_min, sigma_max) for name, make in NAMED.items() if name != "cosine"}  # that is kl_optimal
-    curves["karras (rho 3)"] = karras(sigma_min, sigma_max, rho=3.0)
-    curves |= {f"{name} to data": replace(curve, to_data=True) for name, curve in curves.items()}
-    return {name: replace(curve, pure_noise=pure_noise) for name, curve in curves.items()}

@@ -31,8 +31,9 @@ from fewstep.endpoint import (
     reference,
     require_deterministic,
 )
+from fewstep.free import free_schedules
 from fewstep.refine import BUDGET, bounds_of, descend, noises_for, refine
-from fewstep.schedule import Schedule, bend, free_schedules, from_costs, unbend
+from fewstep.schedule import Schedule, bend, from_costs, unbend
 from fewstep.solvers import evaluations_of
 
 NOISES, LEVELS = 128, 48
@@ -92,7 +93,7 @@ def shares(solver: str, noises: int, left: int) -> tuple[int, int]:
 def require_budget(solver: str, steps: Sequence[int], budget: int, noises: int) -> None:
     """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
     shares(solver, noises, budget - noises * LEVELS)
-    starts = len(free_schedules(0.1, 1.0)) + 2
+    starts = len(free_schedules(0.1, 1.0, [2])) + 2
     for n in steps:
         noises_for(solver, n, starts, budget)
 
@@ -116,7 +117,7 @@ def fit_curve(
     sigma_max, sigma_min = (float(torch.tan(theta)) for theta in (known.theta[0], known.theta[-1]))
     pure_noise = denoiser.path.ends_in_pure_noise()
     learned = curve_of(known, solver, pure_noise)
-    free = free_schedules(sigma_min, sigma_max, pure_noise)
+    free = free_schedules(sigma_min, sigma_max, pure_noise=pure_noise)
     curves = {learned.name: learned} | {name: free[name] for name in CONTENDERS}
     left = budget * denoiser.evaluations - known.evaluations
     judged, moved = shares(solver, len(known.noise), left // denoiser.evaluations)
@@ -171,7 +172,7 @@ def refine_steps(
 ) -> Schedule:
     """The schedule of `fit_curve` with a refined grid of this many steps as well; at most `budget` evaluations."""
     solver, about = schedule.provenance["solver"], schedule.provenance
-    starts = free_schedules(*schedule.made_for(), schedule.pure_noise)
+    starts = free_schedules(*schedule.made_for(), [steps], schedule.pure_noise)
     plain = curve_of(known, solver, schedule.pure_noise)
     starts |= {plain.name: plain, "the curve": replace(schedule, grids={})}
     found = refine(

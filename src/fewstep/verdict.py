@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.endpoint import Reference, Runs, deal, ignore, squared_errors
+from fewstep.free import free_schedules
 from fewstep.metrics import sliced_wasserstein
-from fewstep.schedule import Schedule, free_schedules
+from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, solve
 
 REPETITIONS = 5  # of a stochastic solver
@@ -45,7 +46,7 @@ def judge(
     known: a reference from noises that nothing was fitted to. default: steps -> angles (steps,), the model's own levels. seed:
     of a stochastic solver's noise.
     """
-    free = free_schedules(*schedule.made_for(), schedule.pure_noise)
+    free = free_schedules(*schedule.made_for(), steps, schedule.pure_noise)
     rows = torch.arange(len(known.noise))
     result: dict[str, Any] = {
         "measure": "sliced Wasserstein distance" if solver in STOCHASTIC else "endpoint error",
@@ -133,7 +134,7 @@ def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, fl
 
 def guard(schedule: Schedule, verdict: dict[str, Any]) -> Schedule:
     """The schedule with the best free grid in place of its own wherever that did better; the verdict goes into the file."""
-    free = free_schedules(*schedule.made_for(), schedule.pure_noise)
+    free = free_schedules(*schedule.made_for(), [int(n) for n in verdict["steps"]], schedule.pure_noise)
     grids, kept = dict(schedule.grids), {}
     for n, row in verdict["steps"].items():
         wins = row["against_best_free"]["ratio"] <= 1

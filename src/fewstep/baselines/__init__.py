@@ -31,7 +31,7 @@ import torch
 from fewstep import schedule
 from fewstep.baselines.denoising import ays, entropic, klub
 from fewstep.baselines.endpoint import ld3
-from fewstep.baselines.free import dmn, dmn_bound, named, to_data
+from fewstep.baselines.free import dmn, named, to_data
 from fewstep.baselines.problem import Counted, Fit, Peer, Problem
 from fewstep.baselines.teacher import cheapest, gits, oss
 
@@ -44,7 +44,6 @@ __all__ = [
     "ays",
     "cheapest",
     "dmn",
-    "dmn_bound",
     "entropic",
     "fit",
     "gits",
