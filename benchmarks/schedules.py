@@ -3,6 +3,7 @@
     python benchmarks/schedules.py                                      exact mixtures, three seeds
     python benchmarks/schedules.py --digits RUN --mnist DATA --fashion RUN --fashion-data DATA      and networks
     python benchmarks/schedules.py --add ...                            only cells that the JSON lacks; its others stay
+    python benchmarks/schedules.py --add --again ...                    all cells, but the fitted peers' errors from the JSON
     python benchmarks/schedules.py --draw                               only the summary and the figure, from the rows
 
 RUN: folders of `fewstep train` (digits; fashion-mnist). DATA: folders with idx files; --mnist stands for the third-party
@@ -57,6 +58,7 @@ from schedules_summary import (
     draw,
     key,
     rounded,
+    row_of,
     write_document,
 )
 from tables import schedules
@@ -279,11 +281,13 @@ class Curve:
         }
 
 
-def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, peers: Peers) -> dict:
+def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, peers: Peers, before: dict | None) -> dict:
+    """before: an earlier row, from which the errors of the fitted peers are taken."""
     plain = curve.schedule
     guarded, about = curve.refined(steps)
     spent = {"evaluations": about["curve_evaluations"], "gradients": 0, "seconds": about["curve_seconds"]}
-    methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in peers.names(model.plan, steps, seed)}
+    names = FREE if before else peers.names(model.plan, steps, seed)
+    methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}
     thetas = {name: torch.atan(torch.tensor(m["sigmas"][:-1], dtype=torch.float64)) for name, m in methods.items()}
     both = spent["evaluations"] + about["refine_evaluations"], spent["seconds"] + about["refine_seconds"]
     ours = {
@@ -316,6 +320,7 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
         methods[name] |= {"rmse": rounded(math.sqrt(float(squares[name].mean()))), "median": rounded(float(root.median()))}
         methods[name] |= {"sw": rounded(sw)}
         methods[name] |= {} if fd is None else {"fd": rounded(fd)}
+    methods = (before or {}).get("methods", {}) | methods
     against = {}
     for label, names in (*((name, (name,)) for name in GUARDED), ("standard", STANDARD), ("free", FREE)):
         rival = min(names, key=lambda name: float(squares[name].mean()))
@@ -349,6 +354,7 @@ def run(args: argparse.Namespace) -> None:
     if unknown:
         raise SystemExit(f"no model {', '.join(unknown)}: give its folders (see --help), or one of {', '.join(made)}")
     models: dict[str, Model] = {}
+    before = {key(cell): row_of(cell) for cell in args.known.get("cells", ())}
     peers = Peers(rows_in(args.rows) + (rows_in(args.peers) if args.peers else []))
     for seed in range(args.seeds if args.seeds is not None else 3):
         for name in names:
@@ -358,13 +364,13 @@ def run(args: argparse.Namespace) -> None:
             if seed >= model.plan.seeds and args.seeds is None:
                 continue
             for solver in (s for s in model.plan.solvers if not args.solvers or s in args.solvers):
-                done = {key(row) for row in rows_in(args.rows)} | {key(cell) for cell in args.known.get("cells", ())}
+                done = {key(row) for row in rows_in(args.rows)} | (set() if args.again else before.keys())
                 curve = Curve(model, solver, seed)
                 for steps in (n for n in model.plan.steps if not args.steps or n in args.steps):
                     if (name, solver, steps, seed) in done:
                         continue
                     start = time.perf_counter()
-                    row = run_cell(model, solver, steps, seed, curve, peers)
+                    row = run_cell(model, solver, steps, seed, curve, peers, before.get((name, solver, steps, seed)))
                     append(args.rows / f"{name}.jsonl", row)
                     best, error = row["against"]["free"], row["methods"][OURS]["rmse"]
                     print(
@@ -399,10 +405,13 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=HERE.parent / "runs" / "schedules", help="where finished cells are kept")
     parser.add_argument("--peers", type=Path, metavar="ROWS", help="take the peers' levels from these rows, made before")
     parser.add_argument("--add", action="store_true", help="cells of --out, if of the same models, count as finished and stay")
+    parser.add_argument("--again", action="store_true", help="with --add: they are run again, but for the fitted peers")
     parser.add_argument("--draw", action="store_true", help="only the summary and the figure")
     parser.add_argument("--no-draw", action="store_true", help="only the rows: another command is at work as well")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
+    if args.again and not args.add:
+        parser.error("--again goes with --add")
     args.known = json.loads(args.out.read_text()) if args.add and args.out.exists() else {}
     if not args.draw:
         run(args)
