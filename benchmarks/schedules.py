@@ -6,11 +6,11 @@
     python benchmarks/schedules.py --add --again ...                    all cells, but the fitted peers' errors from the JSON
     python benchmarks/schedules.py --draw                               only the summary and the figure, from the rows
 
-RUN: folders of `fewstep train` (digits; fashion-mnist). DATA: folders with idx files; --mnist stands for the third-party
-network of examples/mnist_slim.py. Writes benchmarks/schedules.json, prints its summary and draws
-docs/pictures/schedules.png. A cell is a model, solver, number of steps and seed; the rows of finished cells are kept in
---rows, so that a killed or repeated command continues, and two commands with different --models or --solvers can share
-the work.
+RUN: folders of `fewstep train --data digits`, with its defaults, and of `--data fashion-mnist`. DATA: folders with idx
+files; --mnist stands for the third-party network of examples/mnist_slim.py. Writes benchmarks/schedules.json, prints its
+summary and draws docs/pictures/schedules.png. A cell is a model, solver, number of steps and seed; the rows of finished
+cells are kept in --rows, so that a killed or repeated command continues, and two commands with different --models or
+--solvers can share the work.
 
 rmse: root mean square, per dimension, of the solver's end against the converged one from the same noise, on noises that no
 method has seen; median: of the same over the noises, which the few that end in another mode do not decide. sw: sliced
@@ -26,7 +26,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fewstep import baselines
+from fewstep.config import LearnConfig
 from fewstep.data import load_data
 from fewstep.denoiser import Denoiser, OnPath
 from fewstep.endpoint import Reference, Runs, reference, squared_errors
@@ -45,7 +46,7 @@ from fewstep.path import VE
 from fewstep.run import load_tree, read_lines, save_tree
 from fewstep.schedule import Schedule
 from fewstep.tailor import LEVELS, NOISES, fit_curve, refine_steps
-from fewstep.verdict import guard, judge, ratio, settle
+from fewstep.verdict import Squares, entrants, guard, ratio, settle, squares_of
 from schedules_summary import (
     CURVE,
     FREE,
@@ -67,6 +68,7 @@ HERE = Path(__file__).parent
 
 BLIND = ("entropic", "entropic_rescaled", "entropic_to_data", "entropic_rescaled_to_data", "ays", "gits_l1", "gits_l2", "oss")
 
+VERDICT_DOUBLINGS = LearnConfig().verdict_doublings
 REDUCED: dict[str, baselines.Peer] = {  # for convolutions on a CPU: at most about 10,000 evaluations each
     "entropic": partial(baselines.entropic, probes=50, draws=32),
     "entropic_rescaled": partial(baselines.entropic, rescaled=True, probes=50, draws=32),
@@ -120,15 +122,15 @@ class Model:
         assert denoiser.shape is not None
         self.shape = denoiser.shape
 
-    def reference(self, seed: int, purpose: str, verdict_noises: int = 64) -> Reference:
-        """From noises that belong to this seed and purpose."""
+    def reference(self, seed: int, purpose: str, k: int = 0, verdict_noises: int = 64) -> Reference:
+        """From noises that belong to this seed and purpose, and of a verdict to its round k."""
         plan = self.plan
         count, levels, number = {
             "fit": (NOISES, LEVELS, 1),
-            "verdict": (verdict_noises, 96, 2),
+            "verdict": (verdict_noises, 96, 100 + k),
             "test": (plan.tests, plan.converged, 3),
         }[purpose]
-        purpose = f"{purpose}{count}" if purpose == "verdict" else purpose
+        purpose = f"{purpose}{k}" if purpose == "verdict" else purpose
         if (seed, purpose) not in self.known:
             file = self.folder / f"{self.name}-{seed}-{purpose}.safetensors"
             if not file.exists():
@@ -259,11 +261,12 @@ class Curve:
         refining = time.perf_counter() - start
         start = time.perf_counter()
 
-        def judged(count: int) -> dict:
-            unseen = model.reference(self.seed, "verdict", count)
-            return judge(model.denoiser, self.solver, found, [steps], unseen, batch_size=batch_size)
+        def squares(k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
+            unseen = model.reference(self.seed, "verdict", k, count)
+            found_there, spent = squares_of(model.denoiser, self.solver, grids, unseen, batch_size=batch_size)
+            return found_there, unseen.evaluations + spent
 
-        verdict = settle(judged, 64, 3)
+        verdict = settle(entrants(found, [steps]), squares, self.solver, 64, VERDICT_DOUBLINGS)
         judging = time.perf_counter() - start
         made = guard(found, verdict)
         note = made.provenance["refined"][str(steps)]

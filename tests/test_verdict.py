@@ -16,7 +16,7 @@ from fewstep.path import VE, VP, Linear
 from fewstep.refine import bounds_of, descend
 from fewstep.schedule import Schedule, bend, karras, log_linear, unbend
 from fewstep.solvers import evaluations_of
-from fewstep.verdict import REPETITIONS, guard, judge, ratio, sentences, settle
+from fewstep.verdict import REPETITIONS, entrants, guard, ratio, sentences, settle, squares_of
 
 LIMITS = {"sigma_min": 0.002, "sigma_max": 80.0}
 
@@ -44,6 +44,19 @@ class Overflowing(Denoiser):
 def settled(schedule: Schedule, **more) -> Schedule:
     """With the provenance that a tailored schedule has."""
     return replace(schedule, name="learned (euler)", provenance=LIMITS | more)
+
+
+def judge(
+    model: Denoiser, solver: str, schedule: Schedule, steps: list[int], known: Reference, *, default=None, **about
+) -> dict:
+    """The verdict of one round, on these noises."""
+
+    def squares(k: int, count: int, grids: dict) -> tuple[dict, int]:
+        assert (k, count) == (0, len(known.noise))
+        found, spent = squares_of(model, solver, grids, known, **about)
+        return found, known.evaluations + spent
+
+    return settle(entrants(schedule, steps, default), squares, solver, len(known.noise), 0)
 
 
 GOOD = settled(free_schedules(0.002, 80.0)["kl_optimal to data"])  # the best free one, of Euler on the ring
@@ -361,28 +374,119 @@ def test_one_grid_that_overflows_does_not_end_the_judgement_of_a_stochastic_solv
 # --- how many noises it takes -----------------------------------------------------------------------------------------
 
 
-def found(low: float, high: float, evaluations: int) -> dict:
-    return {"steps": {"5": {"against_best_free": {"low": low, "high": high}}}, "evaluations": evaluations}
+GRIDS = {5: {name: torch.tensor([1.0]) for name in ("learned", "default", "good", "fair", "bad")}}
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.3, 0.9), (1.1, 3.0), (0.97, 1.05)], ids=["wins", "loses", "a narrow tie"])
-def test_a_verdict_that_decides_is_asked_for_once(low, high):
-    asked = []
-    settle(lambda count: asked.append(count) or found(low, high, 7), 64, 3)
-    assert asked == [64]
+def scale(name: str, learned: float) -> float:
+    """Of a schedule's squared errors."""
+    return {"learned": learned, "default": 9.0, "good": 1.0, "fair": 1.3, "bad": 100.0}[name]
 
 
-def test_a_verdict_that_does_not_decide_doubles_its_noises_to_a_limit_and_all_of_it_is_counted():
-    asked = []
-    verdict = settle(lambda count: asked.append(count) or found(0.7, 1.4, count), 64, 3)
-    assert asked == [64, 128, 256, 512]
-    assert verdict["evaluations"] == sum(asked)
+def errors(learned: float, heavy: bool = True, asked: list | None = None):
+    """Squared errors with shared difficulty, exponential or with tails so heavy that some dozens do not settle a factor."""
+
+    def squares(k: int, count: int, grids: dict) -> tuple[dict, int]:
+        rng = np.random.default_rng(k)
+        hard = rng.pareto(1.2, count) if heavy else np.ones(count)
+        found = {n: {} for n in grids}
+        for n, entered in grids.items():
+            for name in ("learned", "default", "good", "fair", "bad"):
+                own = rng.gamma(0.3, 1 / 0.3, count) if heavy else rng.gamma(400.0, 1 / 400, count)
+                if name in entered:
+                    found[n][name] = torch.from_numpy(scale(name, learned) * hard * own)
+        if asked is not None:
+            asked.append((count, {n: set(entered) for n, entered in grids.items()}))
+        return found, count
+
+    return squares
 
 
-def test_a_verdict_stops_as_soon_as_it_decides_and_is_the_last_one():
-    verdict = settle(lambda count: found(0.7, 1.4 if count < 200 else 0.98, count), 64, 3)
-    assert verdict["steps"]["5"]["against_best_free"]["high"] == 0.98
-    assert verdict["evaluations"] == 64 + 128 + 256
+@pytest.mark.parametrize("learned", [0.25, 4.0, 1.0], ids=["wins", "loses", "a narrow tie"])
+def test_a_verdict_that_decides_asks_once(learned):
+    asked: list = []
+    verdict = settle(GRIDS, errors(learned, heavy=False, asked=asked), "euler", 64, 3)
+    assert asked == [(64, {5: set(GRIDS[5])})]
+    row = verdict["steps"]["5"]
+    assert (verdict["noises"], verdict["evaluations"], row["best_free"]) == (64, 64, "good")
+    assert row["against_best_free"]["ratio"] == pytest.approx(math.sqrt(learned), rel=0.02)
+    assert row["against_default"]["ratio"] == pytest.approx(math.sqrt(learned / 9), rel=0.02)
+    assert "given_up" not in row
+
+
+def test_an_undecided_verdict_doubles_its_noises_to_a_limit_keeps_the_earlier_ones_and_counts_all():
+    asked: list = []
+    squares = errors(1.0, asked=asked)
+    verdict = settle(GRIDS, squares, "euler", 64, 3)
+    assert [count for count, _ in asked] == [64, 64, 128, 256]
+    assert (verdict["noises"], verdict["evaluations"]) == (512, 512)
+    rounds = [squares(k, count, GRIDS)[0][5] for k, count in enumerate((64, 64, 128, 256))]
+    row = verdict["steps"]["5"]
+    for name in ("learned", "good"):
+        together = torch.cat([each[name] for each in rounds])
+        assert row["errors"][name] == pytest.approx(math.sqrt(float(together.mean())), rel=1e-12)
+    assert row["against_best_free"] == ratio(
+        *(torch.cat([each[name] for each in rounds]) for name in ("learned", row["best_free"]))
+    )
+
+
+def test_what_is_clearly_worse_leaves_the_race_and_its_error_is_of_the_noises_that_it_saw():
+    asked: list = []
+    verdict = settle(GRIDS, errors(1.0, asked=asked), "euler", 64, 3)
+    first, *later = (set(entered[5]) for _, entered in asked)
+    assert first == set(GRIDS[5])
+    assert all("bad" not in names and {"learned", "default", "good"} <= names for names in later)
+    row = verdict["steps"]["5"]
+    assert row["given_up"]["bad"] == 64
+    assert row["best_free"] in ("good", "fair")
+    assert row["errors"]["bad"] == pytest.approx(math.sqrt(float(errors(1.0)(0, 64, GRIDS)[0][5]["bad"].mean())), rel=1e-12)
+
+
+def test_the_best_free_schedule_hardly_ever_leaves_the_race():
+    def left(trial: int) -> bool:
+        asked: list = []
+        squares = errors(1.0, asked=asked)
+        settle(GRIDS, lambda k, m, g: squares(10 * trial + k, m, g), "euler", 64, 4)
+        return "good" not in asked[-1][1][5]
+
+    assert sum(left(trial) for trial in range(60)) <= 4
+
+
+def test_each_number_of_steps_leaves_when_it_is_decided():
+    asked: list = []
+    both = {4: GRIDS[5], 5: GRIDS[5]}
+    sure, unsure = errors(0.25, heavy=False), errors(1.0)
+
+    def squares(k: int, count: int, grids: dict) -> tuple[dict, int]:
+        asked.append(set(grids))
+        return {n: (sure if n == 4 else unsure)(k, count, {n: grids[n]})[0][n] for n in grids}, count
+
+    verdict = settle(both, squares, "euler", 64, 2)
+    assert asked == [{4, 5}, {5}, {5}]
+    assert verdict["steps"]["4"]["against_best_free"]["high"] < 1
+
+
+def test_a_stochastic_solver_is_judged_afresh_in_every_round():
+    asked: list = []
+    verdict = settle(GRIDS, errors(1.0, asked=asked), "ancestral", 64, 2)
+    assert asked == [(count, {5: set(GRIDS[5])}) for count in (64, 128, 256)]
+    last = errors(1.0)(2, 256, GRIDS)[0][5]["learned"]
+    assert verdict["steps"]["5"]["errors"]["learned"] == pytest.approx(math.sqrt(float(last.mean())), rel=1e-12)
+    assert (verdict["noises"], verdict["evaluations"]) == (256, 64 + 128 + 256)
+
+
+def test_an_entrant_that_overflows_leaves_the_race():
+    asked: list = []
+    squares = errors(1.0, asked=asked)
+
+    def wild(k: int, count: int, grids: dict) -> tuple[dict, int]:
+        found, spent = squares(k, count, grids)
+        if "fair" in found[5]:
+            found[5]["fair"][0] = math.inf
+        return found, spent
+
+    verdict = settle(GRIDS, wild, "euler", 64, 2)
+    assert verdict["steps"]["5"]["given_up"]["fair"] == 64
+    assert verdict["steps"]["5"]["errors"]["fair"] == math.inf
 
 
 def test_a_schedule_is_made_for_the_range_of_its_provenance_or_else_of_its_curve():

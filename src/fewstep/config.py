@@ -99,8 +99,9 @@ class LearnConfig:
     """Evaluations of the network for the curve, and again for each of the refined numbers of steps."""
     verdict_noises: Annotated[int, Field(ge=8)] = 64
     """Fresh noises for the verdict."""
-    verdict_doublings: Annotated[int, Field(ge=0)] = 3
-    """How often that number is doubled where they do not decide; a noise costs 96 evaluations, and about 14 runs per steps."""
+    verdict_doublings: Annotated[int, Field(ge=0)] = 4
+    """How often that number is doubled where they do not decide. A noise costs 96 evaluations and at first some 15 runs per
+    number of steps, later as many as there are schedules that may still be the best."""
     probes: Annotated[int, Field(ge=3)] = 100
     """Published costs: levels at which the cost is probed."""
     draws: Annotated[int, Field(ge=4)] = 64

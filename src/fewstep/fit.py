@@ -37,13 +37,12 @@ from fewstep.config import Condition, LearnConfig, Source
 from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.endpoint import Reference, deal, ignore, level_range, reference, require_deterministic
-from fewstep.free import free_schedules
 from fewstep.learn import learn_schedule
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
-from fewstep.verdict import REPETITIONS, guard, interval, judge, settle
+from fewstep.verdict import REPETITIONS, Squares, entrants, guard, interval, settle, squares_of
 
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
@@ -217,16 +216,18 @@ def judged_afresh(
 ) -> dict[str, Any]:
     """The verdict on noises that no fit has seen, as many as it takes to decide."""
     low, high = schedule.made_for()
-    grids = len(free_schedules(low, high, steps)) + 1 + (denoiser.default_levels is not None)
-    runs = (REPETITIONS if solver in STOCHASTIC else 1) * grids * sum(evaluations_of(solver, n) for n in steps)
+    repeated = REPETITIONS if solver in STOCHASTIC else 1
 
-    def judged(count: int) -> dict[str, Any]:
-        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN), device)
+    def squares(k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
+        runs = repeated * sum(len(entered) * evaluations_of(solver, n) for n, entered in grids.items())
+        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN + k), device)
         with meter(count * (FINE + runs) * denoiser.evaluations, f"verdict, {count} noises") as tick:
             known = reference(denoiser, noise, levels=FINE, sigma_min=low, sigma_max=high, tick=tick, **about)
-            return judge(denoiser, solver, schedule, steps, known, default=denoiser.default_levels, tick=tick, **about)
+            found, spent = squares_of(denoiser, solver, grids, known, tick=tick, **about)
+            return found, known.evaluations + spent
 
-    return settle(judged, config.verdict_noises, config.verdict_doublings)
+    entered = entrants(schedule, steps, denoiser.default_levels)
+    return settle(entered, squares, solver, config.verdict_noises, config.verdict_doublings)
 
 
 def check(

@@ -23,69 +23,114 @@ from fewstep.metrics import sliced_wasserstein
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, solve
 
+Squares = dict[int, dict[str, Tensor]]  # by number of steps and name
+OURS = ("learned", "default")  # entrants that are not free schedules
 REPETITIONS = 5  # of a stochastic solver
 WIDE = 1.15  # an interval's upper end over its lower one
 
 
-def judge(
+def entrants(
+    schedule: Schedule, steps: Sequence[int], default: Callable[[int], Tensor | None] | None = None
+) -> dict[int, dict[str, Tensor]]:
+    """What is judged: for every number of steps, by name, the angles (steps,) of the schedule ("learned"), of the model's own
+    levels ("default": steps -> angles) and of every free schedule over the same range."""
+    free = free_schedules(*schedule.made_for(), steps, schedule.pure_noise)
+    found = {}
+    for n in steps:
+        own = default(n) if default is not None else None
+        found[n] = {"learned": schedule.angles(n)[:-1]} | ({} if own is None else {"default": own})
+        found[n] |= {name: each.angles(n)[:-1] for name, each in free.items()}
+    return found
+
+
+def squares_of(
     denoiser: Denoiser,
     solver: str,
-    schedule: Schedule,
-    steps: Sequence[int],
+    grids: Mapping[int, Mapping[str, Tensor]],
     known: Reference,
     *,
-    default: Callable[[int], Tensor | None] | None = None,
     cond: Mapping[str, Tensor] | None = None,
     batch_size: int = 512,
     seed: int = 0,
     tick: Callable[[int], object] = ignore,
-) -> dict[str, Any]:
-    """The verdict, as it stands in the file: for every number of steps the error of the schedule, of every free one, and of
-    the model's current default; the best free one; the ratio to it and to the default, with 95 % intervals.
-
-    known: a reference from noises that nothing was fitted to. default: steps -> angles (steps,), the model's own levels. seed:
-    of a stochastic solver's noise.
-    """
-    free = free_schedules(*schedule.made_for(), steps, schedule.pure_noise)
-    rows = torch.arange(len(known.noise))
-    result: dict[str, Any] = {
-        "measure": "sliced Wasserstein distance" if solver in STOCHASTIC else "endpoint error",
-        "solver": solver,
-        "noises": len(known.noise),
-        "steps": {},
-    }
-    spent = known.evaluations
-    for n in steps:
-        grids = {"learned": schedule.angles(n)[:-1]} | {name: s.angles(n)[:-1] for name, s in free.items()}
-        if default is not None and (own := default(n)) is not None:
-            grids["default"] = own
+) -> tuple[Squares, int]:
+    """The squared errors of the entrants, and evaluations: (m,) of the m noises of a reference that nothing was fitted to, or
+    (REPETITIONS,) of a stochastic solver, whose noise has this seed."""
+    found, spent, rows = Squares(), 0, torch.arange(len(known.noise))
+    for n, entered in grids.items():
         if solver in STOCHASTIC:
-            squares, evaluations = _weak(denoiser, solver, grids, known, cond, batch_size, seed, tick)
+            found[n], evaluations = _weak(denoiser, solver, entered, known, cond, batch_size, seed, tick)
         else:
             runs = Runs(denoiser, solver, known.noise, deal(cond, rows), batch_size, tick)
-            squares = {k: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf) for k, theta in grids.items()}
+            found[n] = {k: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf) for k, theta in entered.items()}
             evaluations = runs.evaluations
         spent += evaluations
-        errors = {name: math.sqrt(float(each.mean())) for name, each in squares.items()}
-        best = min(free, key=lambda name: errors[name])
-        row = {"errors": errors, "best_free": best, "against_best_free": ratio(squares["learned"], squares[best])}
-        if "default" in grids:
-            row["against_default"] = ratio(squares["learned"], squares["default"])
-        result["steps"][str(n)] = row
-    return result | {"evaluations": spent}
+    return found, spent
 
 
-def settle(judged: Callable[[int], dict[str, Any]], noises: int, doublings: int) -> dict[str, Any]:
-    """judged(count), the count doubled from `noises` up to `doublings` times while an interval is wide and holds 1. Where a
-    few noises go astray and make all of the error, some dozens of them say nothing."""
-    spent = 0
-    for count in (noises * 2**k for k in range(doublings + 1)):
-        verdict = judged(count)
-        spent += verdict["evaluations"]
-        found = [row["against_best_free"] for row in verdict["steps"].values()]
-        if not any(f["low"] <= 1 <= f["high"] and f["high"] > WIDE * f["low"] for f in found):
+def settle(
+    grids: Mapping[int, Mapping[str, Tensor]],
+    squares: Callable[[int, int, Mapping[int, Mapping[str, Tensor]]], tuple[Squares, int]],
+    solver: str,
+    noises: int,
+    doublings: int,
+) -> dict[str, Any]:
+    """The verdict, as it stands in the file, from as many noises as it takes: `noises`, doubled up to `doublings` times.
+
+    squares(k, m, grids): of the m fresh noises of round k. A number of steps takes part in the next round while the
+    interval of its ratio to the best free schedule is wide and holds 1: where a few noises go astray and make all of the
+    error, some dozens of them say nothing. What is clearly worse than the best free schedule does not (a race). Distances of
+    samples depend on how many there are: a stochastic solver is judged afresh in every round, on all of its entrants.
+    """
+    known, spent, open_ = {n: dict[str, Tensor]() for n in grids}, 0, grids
+    weak = solver in STOCHASTIC
+    for k in range(doublings + 1):
+        fresh, evaluations = squares(k, noises * 2 ** (k if weak else max(k - 1, 0)), open_)
+        spent += evaluations
+        for n, found in fresh.items():
+            before = {} if weak else known[n]
+            known[n] |= {name: torch.cat([before.get(name, each[:0]), each]) for name, each in found.items()}
+        open_ = {n: open_[n] if weak else still_in(open_[n], known[n]) for n in open_ if undecided(known[n])}
+        if not open_:
             break
-    return verdict | {"evaluations": spent}
+    measure = "sliced Wasserstein distance" if weak else "endpoint error"
+    count = noises * 2**k if weak else max(len(found["learned"]) for found in known.values())
+    rows = {str(n): row_of(found) for n, found in known.items()}
+    return {"measure": measure, "solver": solver, "noises": count, "steps": rows, "evaluations": spent}
+
+
+def row_of(squares: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One number of steps: the error of every entrant, the best free one, the ratio to it and to the default, with 95 %
+    intervals; given_up: after how many noises those that did not stay to the end were."""
+    learned, best = squares["learned"], best_free(squares)
+    row: dict[str, Any] = {"errors": {name: math.sqrt(float(each.mean())) for name, each in squares.items()}}
+    row |= {"best_free": best, "against_best_free": ratio(learned, squares[best])}
+    if "default" in squares:
+        row["against_default"] = ratio(learned, squares["default"])
+    given_up = {name: len(each) for name, each in squares.items() if len(each) < len(learned)}
+    return row | ({"given_up": given_up} if given_up else {})
+
+
+def best_free(squares: Mapping[str, Tensor]) -> str:
+    """Of those that have seen all noises."""
+    free = [name for name, each in squares.items() if name not in OURS and len(each) == len(squares["learned"])]
+    return min(free, key=lambda name: float(squares[name].mean()))
+
+
+def undecided(squares: Mapping[str, Tensor]) -> bool:
+    found = ratio(squares["learned"], squares[best_free(squares)])
+    return found["low"] <= 1 <= found["high"] and found["high"] > WIDE * found["low"]
+
+
+def still_in(entered: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the free ones whose mean square is above the best free one's by more than two standard errors."""
+    best = squares[best_free(squares)]
+
+    def worse(name: str) -> bool:
+        more = squares[name] - best
+        return not float(more.mean()) <= 2 * float(more.std()) / math.sqrt(len(more))
+
+    return {name: theta for name, theta in entered.items() if name in OURS or not worse(name)}
 
 
 def _weak(
