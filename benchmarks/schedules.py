@@ -199,7 +199,7 @@ class Peers:
         self.fitted: dict[tuple, dict] = {}
         for row in rows:
             for name, cell in row["methods"].items():
-                if name not in (OURS, CURVE):
+                if name not in (OURS, CURVE) and "sigmas" in cell:  # else it is from the JSON
                     key = self.key(row["model"], row["solver"], row["seed"], name, row["steps"], row["range"])
                     self.fitted[key] = {k: cell[k] for k in ("evaluations", "gradients", "seconds", "sigmas")}
 
