@@ -221,7 +221,7 @@ def judged_afresh(
     def squares(k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
         runs = repeated * sum(len(entered) * evaluations_of(solver, n) for n, entered in grids.items())
         noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN + k), device)
-        with meter(count * (FINE + runs) * denoiser.evaluations, f"verdict, {count} noises") as tick:
+        with meter(count * (FINE + runs) * denoiser.evaluations, f"verdict, round {k + 1}: {count} noises") as tick:
             known = reference(denoiser, noise, levels=FINE, sigma_min=low, sigma_max=high, tick=tick, **about)
             found, spent = squares_of(denoiser, solver, grids, known, tick=tick, **about)
             return found, known.evaluations + spent

@@ -87,7 +87,7 @@ def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
     axis.plot([], [], "v-", color="0.7", ms=4, lw=1, label="free, to data")
     axis.set_xticks(list(rows), [f"{n}" for n in rows])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set(xlabel=f"steps of {verdict['solver']}", ylabel=f"{verdict['measure']}, {verdict['noises']} unseen noises")
+    axis.set(xlabel=f"steps of {verdict['solver']}", ylabel=f"{verdict['measure']}, up to {verdict['noises']} unseen noises")
     axis.legend(frameon=False, fontsize=8)
     _save(figure, file)
 
