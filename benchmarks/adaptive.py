@@ -243,7 +243,8 @@ def main() -> None:
         result |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__, part: made[part]()}
         write_json(args.out, result)
     PICTURES.mkdir(parents=True, exist_ok=True)
-    draw_one_dimension(result["one dimension"], PICTURES / "adaptive_1d.png")
+    if PARTS[0] in result:
+        draw_one_dimension(result[PARTS[0]], PICTURES / "adaptive_1d.png")
     for name in PARTS[1:]:
         if name in result:
             draw_images(name, result[name], PICTURES / f"adaptive_{name}.png")

@@ -254,6 +254,8 @@ def main() -> None:
             result[key] = [row for solver in SOLVERS for seed in range(args.seeds) for row in exchanged(models, solver, seed)]
             result["cpu_seconds"] = result.get("cpu_seconds", {}) | {key: round(time.process_time() - started)}
             write_json(args.out, result)
+    if not {"scales", "classes"} <= result.keys():  # --drift into a new file
+        return
     for key in ("scales", "classes"):
         for solver in SOLVERS:
             for steps in STEPS:

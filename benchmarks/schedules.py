@@ -312,7 +312,7 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
         if same not in done:
             x, log = runs(theta, first)
             first = first or log[:1]
-            error = squared_errors(x, unseen.ends).nan_to_num(math.inf)
+            error = squared_errors(x, unseen.ends).nan_to_num(math.inf, posinf=math.inf)
             finite = bool(torch.isfinite(x).all())
             sw = sliced_wasserstein(x, model.test, 128, seeded(0)) if finite else math.inf
             images = finite and x.ndim == 4
@@ -419,7 +419,14 @@ def main() -> None:
     if not args.draw:
         run(args)
     if not args.no_draw:
-        doc = document(rows_in(args.rows), args.known)
+        rows = rows_in(args.rows)
+        kept = json.loads(args.out.read_text())["cells"] if args.out.exists() and not args.add else []
+        missing = {key(cell) for cell in kept} - {key(row) for row in rows}
+        if missing:
+            raise SystemExit(
+                f"{args.out} has {len(missing)} cells that {args.rows} lacks: --add keeps them, another --out as well"
+            )
+        doc = document(rows, args.known)
         write_document(args.out, doc)
         draw(doc, PICTURE)
         print(schedules(doc))

@@ -145,7 +145,8 @@ def document(rows: list[dict], before: dict | None = None) -> dict:
     if before:
         known = {key(row) for row in rows}
         rows = [row_of(cell) for cell in before["cells"] if key(cell) not in known] + rows
-    costs = (before or {}).get("cost_of_peers", {}) | cost_of_peers(rows)
+    old, new = (before or {}).get("cost_of_peers", {}), cost_of_peers(rows)
+    costs = {model: old.get(model, {}) | new.get(model, {}) for model in old | new}
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     summary = {"summary": summarise(rows), "lost": lost(rows), "cost_of_peers": costs}
     return about | summary | {"cells": [cell_of(row) for row in rows]}

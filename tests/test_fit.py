@@ -1,5 +1,6 @@
 """`fewstep schedule`: real pipelines, true counts, kill -9, `--check`, the guard, and what a user's mistakes give."""
 
+import dataclasses
 import json
 import math
 import random
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import cli, fit, models
 from fewstep.config import LearnConfig
+from fewstep.endpoint import Reference, deal
 from fewstep.free import free_schedules
 from fewstep.mixture import ring
 from fewstep.schedule import Schedule
@@ -350,6 +352,47 @@ def test_check_keeps_a_schedule_that_suits_and_asks_for_a_refit_where_it_does_no
     assert "refit: " in check("moved", 3)
     assert "refit" not in check("exact", 0)
     assert files(tmp_path) == before
+
+
+def test_check_compares_with_the_rivals_that_the_files_verdict_had(mine, tmp_path, capsys):
+    schedule(capsys, mine(), tmp_path / "o", "--solver", "dpmpp_2m", "--steps", 4)
+    file = tmp_path / "o" / "schedule.json"
+    document = json.loads(file.read_text())
+    for row in document["provenance"]["verdict"]["steps"].values():
+        del row["errors"]["dmn"]
+    file.write_text(json.dumps(document))
+    old = set(next(iter(document["provenance"]["verdict"]["steps"].values()))["errors"])
+    config = LearnConfig(steps=(4,), verdict_noises=8)
+    found, _ = fit.check(file, mine(), config)
+    assert set(found["steps"]["4"]["errors"]) == old
+    assert "dmn" not in old
+
+
+def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_conditions(monkeypatch):
+    met = []
+
+    def asked(denoiser, noise, cond, **about):
+        met.append((noise, deal(cond, torch.arange(len(noise)))["label"]))
+        return Reference(noise, noise, torch.ones(2), (torch.ones(1, 1), torch.ones(1, 1)), 0)
+
+    def undecided(denoiser, solver, grids, known, **about):
+        assert torch.equal(deal(about["cond"], torch.arange(len(known.noise)))["label"], met[-1][1])
+        tails = torch.from_numpy(np.random.default_rng(len(met)).pareto(0.5, (2, len(known.noise))))
+        return {n: {"learned": tails[0], "karras": tails[1]} for n in grids}, 0
+
+    monkeypatch.setattr(fit, "reference", asked)
+    monkeypatch.setattr(fit, "squares_of", undecided)
+    config = LearnConfig(verdict_noises=16, verdict_doublings=3)
+    about = {"cond": {"label": torch.arange(1000)}, "batch_size": 8}
+    grids = {4: {"learned": torch.ones(4), "karras": torch.ones(4)}}
+    fit.judged_afresh(ring(), (0.01, 10.0), grids, "euler", config, (2,), about, "cpu", fit.unmetered)
+    assert [len(noise) for noise, _ in met] == [16, 16, 32, 64]
+    assert len(torch.cat([noise for noise, _ in met]).unique(dim=0)) == 128
+    assert torch.equal(torch.cat([label for _, label in met]), torch.arange(128))
+    neighbour = dataclasses.replace(config, seed=1)
+    before, met[:] = torch.cat([noise for noise, _ in met]), []
+    fit.judged_afresh(ring(), (0.01, 10.0), grids, "euler", neighbour, (2,), about, "cpu", fit.unmetered)
+    assert len(torch.cat([before, *(noise for noise, _ in met)]).unique(dim=0)) == 256
 
 
 def test_check_of_a_trained_model_whose_weights_were_changed(tmp_path, capsys):

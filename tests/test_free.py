@@ -45,6 +45,11 @@ def test_dmn_is_among_them_for_the_steps_that_are_asked_for(pure):
         torch.testing.assert_close(torch.tan(theta[1:]), dmn(0.01, 50.0, n)[1:], rtol=1e-12, atol=0)
 
 
+def test_what_is_handed_out_does_not_change_what_is_kept():
+    dmn(0.01, 50.0, 4)[1] = 7.0
+    assert float(dmn(0.01, 50.0, 4)[1]) != 7.0
+
+
 @pytest.mark.parametrize(("low", "high"), [(1e-4, 1e3), (0.002, 80.0), (0.05, 2.5), (1.0, 2.0), (0.9, 1.0)])
 @pytest.mark.parametrize("steps", [2, 3, 7, 16])
 def test_dmn_falls_within_the_range_whatever_it_is(low, high, steps):

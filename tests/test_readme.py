@@ -1,5 +1,6 @@
 """What the README shows runs, and its tables are what the committed JSON says."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -49,3 +50,13 @@ def test_the_tables_are_those_of_the_committed_json():
         [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_cells_of_the_schedules_json_are_rows_again_from_which_the_same_summary_follows(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import schedules_summary
+
+    document = json.loads((ROOT / "benchmarks" / "schedules.json").read_text())
+    again = json.loads(json.dumps(schedules_summary.document([], document)))
+    for name in ("summary", "lost", "cost_of_peers", "cells"):
+        assert again[name] == document[name]

@@ -365,6 +365,14 @@ def test_a_verdict_on_a_free_schedule_that_overflows_can_be_saved(known, tmp_pat
     guard(GOOD, verdict).save(tmp_path / "s.json")
 
 
+def test_a_verdict_on_a_learned_grid_that_overflows_reads_the_same_from_its_file(known, tmp_path):
+    kept = guard(GOOD, judge(Overflowing(ring(), float(GOOD.sigmas(6)[3])), "euler", GOOD, [6], known))
+    kept.save(tmp_path / "s.json")
+    (line,) = sentences(Schedule.load(tmp_path / "s.json").provenance["verdict"])
+    assert [line] == sentences(kept.provenance["verdict"])
+    assert "endpoint error inf" in line
+
+
 def test_one_grid_that_overflows_does_not_end_the_judgement_of_a_stochastic_solver(known):
     model = Overflowing(ring(), float(karras().sigmas(6)[3]))
     verdict = judge(model, "ancestral", GOOD, [6], known)
@@ -442,13 +450,15 @@ def test_what_is_clearly_worse_leaves_the_race_and_its_error_is_of_the_noises_th
 
 
 def test_the_best_free_schedule_hardly_ever_leaves_the_race():
-    def left(trial: int) -> bool:
+    def stayed(trial: int) -> list[bool]:
         asked: list = []
         squares = errors(1.0, asked=asked)
         settle(GRIDS, lambda k, m, g: squares(10 * trial + k, m, g), "euler", 64, 4)
-        return "good" not in asked[-1][1][5]
+        return ["good" in names[5] for _, names in asked[1:]][-1:]
 
-    assert sum(left(trial) for trial in range(60)) <= 4
+    found = [last for trial in range(80) for last in stayed(trial)]
+    assert len(found) > 40
+    assert sum(found) >= 0.93 * len(found)
 
 
 def test_each_number_of_steps_leaves_when_it_is_decided():
@@ -463,12 +473,22 @@ def test_each_number_of_steps_leaves_when_it_is_decided():
     verdict = settle(both, squares, "euler", 64, 2)
     assert asked == [{4, 5}, {5}, {5}]
     assert verdict["steps"]["4"]["against_best_free"]["high"] < 1
+    assert (verdict["steps"]["4"]["noises"], verdict["steps"]["5"]["noises"], verdict["noises"]) == (64, 256, 256)
 
 
-def test_a_stochastic_solver_is_judged_afresh_in_every_round():
+def test_a_stochastic_solver_is_judged_afresh_in_every_round_with_all_its_numbers_of_steps():
     asked: list = []
     verdict = settle(GRIDS, errors(1.0, asked=asked), "ancestral", 64, 2)
     assert asked == [(count, {5: set(GRIDS[5])}) for count in (64, 128, 256)]
+    assert verdict["steps"]["5"]["noises"] == 256
+    sure, unsure, met = errors(0.25, heavy=False), errors(1.0), []
+
+    def both(k: int, count: int, grids: dict) -> tuple[dict, int]:
+        met.append(set(grids))
+        return {n: (sure if n == 4 else unsure)(k, count, {n: grids[n]})[0][n] for n in grids}, count
+
+    settle({4: GRIDS[5], 5: GRIDS[5]}, both, "ancestral", 64, 2)
+    assert met == [{4, 5}] * 3
     last = errors(1.0)(2, 256, GRIDS)[0][5]["learned"]
     assert verdict["steps"]["5"]["errors"]["learned"] == pytest.approx(math.sqrt(float(last.mean())), rel=1e-12)
     assert (verdict["noises"], verdict["evaluations"]) == (256, 64 + 128 + 256)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path as File
 from typing import Any
@@ -42,13 +42,14 @@ from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
-from fewstep.verdict import REPETITIONS, Squares, entrants, guard, interval, settle, squares_of
+from fewstep.verdict import OURS, REPETITIONS, Squares, entrants, guard, interval, number, settle, squares_of
 
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
 FINE = 96  # levels of the verdict's reference
 UNSEEN = 1_000_003  # added to the seed for the verdict's noises
 JUDGED = (6, 10)  # where no numbers of steps were asked for
+WORSE = 1.02  # a ratio to the best free schedule above this, and surely above 1, does as well
 DRIFT = 1.25  # a ratio to the best free schedule that has grown by this factor asks for a new fit
 
 
@@ -158,7 +159,8 @@ def fit(
             **about,
         )
     steps = config.steps or JUDGED
-    verdict = judged_afresh(denoiser, learned, config.solver, steps, config, form, about, device, meter)
+    grids = entrants(learned, steps, denoiser.default_levels)
+    verdict = judged_afresh(denoiser, learned.made_for(), grids, config.solver, config, form, about, device, meter)
     learned = guard(learned, verdict)
     said = {"fewstep": __version__, "date": datetime.date.today().isoformat(), "seed": config.seed, "model": model}
     said |= {"data_set": source.data if source else None, "guidance": condition.guidance, "conditions": condition.cond}
@@ -205,29 +207,30 @@ def _tailored(
 
 def judged_afresh(
     denoiser: Denoiser,
-    schedule: Schedule,
+    ends: tuple[float, float],
+    grids: Mapping[int, Mapping[str, Tensor]],
     solver: str,
-    steps: Sequence[int],
     config: LearnConfig,
     form: tuple[int, ...],
     about: Mapping[str, Any],
     device: str,
     meter: Meter,
 ) -> dict[str, Any]:
-    """The verdict on noises that no fit has seen, as many as it takes to decide."""
-    low, high = schedule.made_for()
-    repeated = REPETITIONS if solver in STOCHASTIC else 1
+    """The verdict on the entrants (`entrants`), on noises that no fit has seen, as many as it takes to decide."""
+    stochastic = solver in STOCHASTIC
 
-    def squares(k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
-        runs = repeated * sum(len(entered) * evaluations_of(solver, n) for n, entered in grids.items())
-        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN + k), device)
+    def squares(k: int, count: int, open_: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
+        runs = (REPETITIONS if stochastic else 1) * sum(len(each) * evaluations_of(solver, n) for n, each in open_.items())
+        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN * (k + 1)), device)
+        met = 0 if stochastic or k == 0 else count  # earlier rounds have dealt out this many conditions
+        given = {name: v.roll(-met, 0) for name, v in about["cond"].items()} if about["cond"] else None
         with meter(count * (FINE + runs) * denoiser.evaluations, f"verdict, round {k + 1}: {count} noises") as tick:
-            known = reference(denoiser, noise, levels=FINE, sigma_min=low, sigma_max=high, tick=tick, **about)
-            found, spent = squares_of(denoiser, solver, grids, known, tick=tick, **about)
+            dealt = {**about, "cond": given, "tick": tick}
+            known = reference(denoiser, noise, levels=FINE, sigma_min=ends[0], sigma_max=ends[1], **dealt)
+            found, spent = squares_of(denoiser, solver, open_, known, **dealt)
             return found, known.evaluations + spent
 
-    entered = entrants(schedule, steps, denoiser.default_levels)
-    return settle(entered, squares, solver, config.verdict_noises, config.verdict_doublings)
+    return settle(grids, squares, solver, config.verdict_noises, config.verdict_doublings)
 
 
 def check(
@@ -248,13 +251,18 @@ def check(
     steps = [int(n) for n in before["steps"]]
     about: dict[str, Any] = {"cond": cond, "batch_size": config.batch_size}
     form = shape_of(denoiser, shape)
-    now = judged_afresh(denoiser, schedule, before["solver"], steps, config, form, about, device, meter)
+    grids = {
+        n: {name: theta for name, theta in entered.items() if name in OURS or name in before["steps"][str(n)]["errors"]}
+        for n, entered in entrants(schedule, steps, denoiser.default_levels).items()
+    }  # an older file's verdict may have had fewer rivals
+    now = judged_afresh(denoiser, schedule.made_for(), grids, before["solver"], config, form, about, device, meter)
     lines, refit = [], False
     for n, row in now["steps"].items():
         kept = before["kept"][n]
-        was, error = before["steps"][n]["errors"][kept], row["errors"]["learned"]
+        was, error = number(before["steps"][n]["errors"][kept]), row["errors"]["learned"]
         before_ratio = before["steps"][n]["against_best_free"]["ratio"] if kept == "learned" else 1.0
-        refit |= row["against_best_free"]["ratio"] > DRIFT * before_ratio or row["against_best_free"]["low"] > 1
+        versus = row["against_best_free"]
+        refit |= versus["ratio"] > DRIFT * before_ratio or (versus["low"] > 1 and versus["ratio"] > WORSE)
         lines.append(
             f"{n} steps of {now['solver']}: {now['measure']} {error:.4g}, it was {was:.4g} ({error / was:.2f} times); "
             f"{interval(row['against_best_free'])} of the best free schedule's ({row['best_free']}), it was {before_ratio:.2f}"

@@ -1,7 +1,7 @@
 """Which schedules cost nothing, not one evaluation of a model?
 
 The named curves, in both readings, and the levels of DMN (Xue et al. 2024), which are no curve's: for each number of steps
-they are the optimum of a bound on the solver's error.
+they minimise a bound on the solver's error, locally: beyond ten steps or so, other starts end elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def free_schedules(
     curves = {name: make(sigma_min, sigma_max) for name, make in NAMED.items() if name != "cosine"}  # that is kl_optimal
     curves["karras (rho 3)"] = karras(sigma_min, sigma_max, rho=3.0)
     curves |= {f"{name} to data": replace(curve, to_data=True) for name, curve in curves.items()}
-    grids = {n: torch.atan(dmn(sigma_min, sigma_max, n)[:-1]) for n in steps if n > 1}
+    grids = {n: torch.atan(dmn(sigma_min, sigma_max, n)[:-1]) for n in steps if n > 1}  # one step leaves nothing to choose
     if grids:
         for theta in grids.values():
             theta[0] = HALF_PI if pure_noise else math.atan(sigma_max)
@@ -36,10 +36,14 @@ def free_schedules(
     return {name: replace(curve, pure_noise=pure_noise) for name, curve in curves.items()}
 
 
-@cache
 def dmn(sigma_min: float, sigma_max: float, steps: int) -> Tensor:
-    """The levels that minimise `dmn_bound`, from three starts (Xue et al. 2024, Sec. 3; theirs is trust-constr): (steps + 1,),
-    float64, falling from sigma_max to a trailing 0; steps at least 2."""
+    """The levels that minimise `dmn_bound`, the best of three starts (Xue et al. 2024, Sec. 3; theirs is trust-constr):
+    (steps + 1,), float64, falling from sigma_max to a trailing 0; steps at least 2."""
+    return as_time([sigma_max, *_inner_levels(sigma_min, sigma_max, steps), 0.0])
+
+
+@cache
+def _inner_levels(sigma_min: float, sigma_max: float, steps: int) -> tuple[float, ...]:
     ends = as_time([-math.log(sigma_max), -math.log(sigma_min)])
 
     @torch.enable_grad()
@@ -57,8 +61,9 @@ def dmn(sigma_min: float, sigma_max: float, steps: int) -> Tensor:
         minimize(objective, -s.sigmas(steps + 1)[1:-2].log().numpy(), jac=True, method="SLSQP", constraints=apart, tol=1e-6)
         for s in starts
     ]
-    best = min(found, key=lambda result: result.fun).x
-    return torch.cat([as_time([sigma_max]), torch.exp(-torch.from_numpy(best)), as_time([0.0])])
+    allowed = [result for result in found if (gaps @ result.x + shift > 0).all()]
+    best = min(allowed, key=lambda result: result.fun).x if allowed else -starts[0].sigmas(steps + 1)[1:-2].log().numpy()
+    return tuple(np.exp(-best).tolist())
 
 
 def dmn_bound(half_log_snr: Tensor) -> Tensor:

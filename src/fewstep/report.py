@@ -76,11 +76,16 @@ def curve_figure(file: File, schedules: dict[str, Schedule], steps: Sequence[int
 def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
     """A verdict's errors against the number of steps: the learned schedule, the model's default, every free one."""
     figure, axis = plt.subplots(figsize=(5.6, 3.4))
-    rows = {int(n): row["errors"] for n, row in verdict["steps"].items()}
-    for name in next(iter(rows.values())):
+    rows = {  # the errors of those that were given up are of other noises
+        int(n): {name: error for name, error in row["errors"].items() if name not in row.get("given_up", {})}
+        for n, row in verdict["steps"].items()
+    }
+    for name in dict.fromkeys(name for errors in rows.values() for name in errors):
         colour = {"learned": "C2", "default": "C0"}.get(name, "0.7")
         marker = "v" if name.endswith("to data") or name == "dmn" else "o"
-        axis.loglog(list(rows), [errors[name] or math.nan for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1)
+        axis.loglog(
+            list(rows), [errors.get(name) or math.nan for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1
+        )
         if name in ("learned", "default"):
             axis.plot([], [], marker + "-", color=colour, ms=4, lw=1, label=name)
     axis.plot([], [], "o-", color="0.7", ms=4, lw=1, label="free, down to sigma_min and then data")

@@ -93,9 +93,9 @@ def shares(solver: str, noises: int, left: int) -> tuple[int, int]:
 def require_budget(solver: str, steps: Sequence[int], budget: int, noises: int) -> None:
     """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
     shares(solver, noises, budget - noises * LEVELS)
-    starts = len(free_schedules(0.1, 1.0, [2])) + 2
+    starts = len(free_schedules(0.1, 1.0)) + 2
     for n in steps:
-        noises_for(solver, n, starts, budget)
+        noises_for(solver, n, starts + (n > 1), budget)  # and DMN's
 
 
 def fit_curve(

@@ -39,7 +39,7 @@ def entrants(
     for n in steps:
         own = default(n) if default is not None else None
         found[n] = {"learned": schedule.angles(n)[:-1]} | ({} if own is None else {"default": own})
-        found[n] |= {name: each.angles(n)[:-1] for name, each in free.items()}
+        found[n] |= {name: each.angles(n)[:-1] for name, each in free.items() if name != "dmn" or n in each.grids}
     return found
 
 
@@ -62,7 +62,10 @@ def squares_of(
             found[n], evaluations = _weak(denoiser, solver, entered, known, cond, batch_size, seed, tick)
         else:
             runs = Runs(denoiser, solver, known.noise, deal(cond, rows), batch_size, tick)
-            found[n] = {k: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf) for k, theta in entered.items()}
+            found[n] = {
+                k: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf, posinf=math.inf)
+                for k, theta in entered.items()
+            }
             evaluations = runs.evaluations
         spent += evaluations
     return found, spent
@@ -80,7 +83,7 @@ def settle(
     squares(k, m, grids): of the m fresh noises of round k. A number of steps takes part in the next round while the
     interval of its ratio to the best free schedule is wide and holds 1: where a few noises go astray and make all of the
     error, some dozens of them say nothing. What is clearly worse than the best free schedule does not (a race). Distances of
-    samples depend on how many there are: a stochastic solver is judged afresh in every round, on all of its entrants.
+    samples depend on how many there are: a stochastic solver is judged afresh in every round, on all entrants and steps.
     """
     known, spent, open_ = {n: dict[str, Tensor]() for n in grids}, 0, grids
     weak = solver in STOCHASTIC
@@ -90,13 +93,14 @@ def settle(
         for n, found in fresh.items():
             before = {} if weak else known[n]
             known[n] |= {name: torch.cat([before.get(name, each[:0]), each]) for name, each in found.items()}
-        open_ = {n: open_[n] if weak else still_in(open_[n], known[n]) for n in open_ if undecided(known[n])}
-        if not open_:
+        left = [n for n in open_ if undecided(known[n])]
+        if not left:
             break
+        open_ = grids if weak else {n: still_in(open_[n], known[n]) for n in left}
     measure = "sliced Wasserstein distance" if weak else "endpoint error"
-    count = noises * 2**k if weak else max(len(found["learned"]) for found in known.values())
-    rows = {str(n): row_of(found) for n, found in known.items()}
-    return {"measure": measure, "solver": solver, "noises": count, "steps": rows, "evaluations": spent}
+    met = {n: noises * 2**k if weak else len(found["learned"]) for n, found in known.items()}
+    rows = {str(n): row_of(found) | {"noises": met[n]} for n, found in known.items()}
+    return {"measure": measure, "solver": solver, "noises": max(met.values()), "steps": rows, "evaluations": spent}
 
 
 def row_of(squares: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -124,13 +128,13 @@ def undecided(squares: Mapping[str, Tensor]) -> bool:
 
 def still_in(entered: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the free ones whose mean square is above the best free one's by more than two standard errors."""
-    best = squares[best_free(squares)]
+    best = best_free(squares)
 
     def worse(name: str) -> bool:
-        more = squares[name] - best
+        more = squares[name] - squares[best]
         return not float(more.mean()) <= 2 * float(more.std()) / math.sqrt(len(more))
 
-    return {name: theta for name, theta in entered.items() if name in OURS or not worse(name)}
+    return {name: theta for name, theta in entered.items() if name in (best, *OURS) or not worse(name)}
 
 
 def _weak(
@@ -199,11 +203,17 @@ def sentences(verdict: dict[str, Any]) -> list[str]:
         kept = verdict.get("kept", {}).get(n, "learned")
         end = "" if kept == "learned" else f"; it does not win, so the file keeps {kept}"
         lines.append(
-            f"{n} steps of {verdict['solver']}: {verdict['measure']} {row['errors']['learned']:.4g}, {best}{said}{end}"
+            f"{n} steps of {verdict['solver']}: {verdict['measure']} {number(row['errors']['learned']):.4g}, {best}{said}{end}"
         )
     return lines
 
 
 def interval(found: dict[str, float]) -> str:
     """A ratio and its interval, for people."""
-    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    ratio, low, high = (number(found[k]) for k in ("ratio", "low", "high"))
+    return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def number(saved: float | None) -> float:
+    """A file knows no infinity: None stands for the error of a grid that overflowed."""
+    return math.inf if saved is None else saved
