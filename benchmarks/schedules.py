@@ -423,9 +423,7 @@ def main() -> None:
         kept = json.loads(args.out.read_text())["cells"] if args.out.exists() and not args.add else []
         missing = {key(cell) for cell in kept} - {key(row) for row in rows}
         if missing:
-            raise SystemExit(
-                f"{args.out} has {len(missing)} cells that {args.rows} lacks: --add keeps them, another --out as well"
-            )
+            raise SystemExit(f"{args.out} has {len(missing)} cells that {args.rows} lacks; --add or another --out keeps them")
         doc = document(rows, args.known)
         write_document(args.out, doc)
         draw(doc, PICTURE)

@@ -101,7 +101,8 @@ class LearnConfig:
     """Fresh noises for the verdict."""
     verdict_doublings: Annotated[int, Field(ge=0)] = 4
     """How often that number is doubled where they do not decide. A noise costs 96 evaluations and at first some 15 runs per
-    number of steps, later as many as there are schedules that may still be the best; stochastic solvers are judged afresh each time."""
+    number of steps, later as many as there are schedules that may still be the best. Stochastic solvers are judged afresh each
+    time, on all of them."""
     probes: Annotated[int, Field(ge=3)] = 100
     """Published costs: levels at which the cost is probed."""
     draws: Annotated[int, Field(ge=4)] = 64
