@@ -56,7 +56,7 @@ def toys(result: dict | None = None) -> str:
     seeds = len(next(iter(result["sets"].values())))
     rows = [
         f"**Other sets, the same settings** (`python benchmarks/toys.py`, {result['date']}, sliced Wasserstein, "
-        f"{result['samples']:,} samples, 5 evaluations, mean ± standard deviation over {seeds} seeds; ![](docs/pictures/toys.png))",
+        f"{result['samples']:,} samples, 5 evaluations, mean ± standard deviation, {seeds} seeds; ![](docs/pictures/toys.png))",
         "",
         "| | start | fine-tuned | data against data | AUROC of the energy, data against uniform | CPU seconds |",
         "|---|---|---|---|---|---|",
