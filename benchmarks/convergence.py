@@ -1,10 +1,9 @@
 """Does equalising a grid's costs converge, from any start?   Algorithm 1 of Williams et al. 2024, round after round.
 
     python benchmarks/convergence.py --digits RUN              writes benchmarks/convergence.json and its picture
-    python benchmarks/convergence.py --digits RUN --mnist DATA      and the third-party network of examples/mnist_slim.py
     python benchmarks/convergence.py --draw                    only the picture, from the JSON
 
-RUN: a folder of `fewstep train --data digits`. DATA: where MNIST's idx files lie. A round estimates the cost of each of 40
+RUN: a folder of `fewstep train --data digits`. A round estimates the cost of each of 40
 steps (64 draws of its own), and puts the levels where all of them would cost the same. Starts: log-linear, Karras, linear,
 and "crowded": nine tenths of the levels in the noisiest twentieth of the range of log sigma. uneven: standard deviation of
 the steps' lengths cost^(1/order) over their mean, Monte Carlo noise included; apart: largest |difference| in log sigma
@@ -34,9 +33,9 @@ from fewstep.report import COLOURS  # and the style of our pictures
 from fewstep.run import write_json
 from fewstep.schedule import Schedule, equalise, karras, linear, log_linear, step_lengths
 
-HERE = Path(__file__).parent
-PICTURE = HERE.parent / "docs" / "pictures" / "convergence.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "convergence.png"
 LEVELS, DRAWS, ROUNDS, SEEDS = 41, 64, 5, 3
+COSTS = ("corrector", "predictor")
 PROBES = 4  # of the predictor's trace, beyond 16 dimensions
 
 
@@ -63,8 +62,9 @@ def rounds(denoiser: Denoiser, data: Tensor, cost: str, start: Schedule, seed: i
     path = denoiser.path
     theta, g, small = start.angles(LEVELS)[:-1], seeded(seed), data[0].numel() <= 16
     order = PREDICTOR_ORDERS["euler"] if cost == "predictor" else CORRECTOR_ORDER
-    uneven, levels, spent = [], [torch.tan(theta).log()], 0
+    uneven, levels, spent = [], [], 0
     for _ in range(ROUNDS + 1):
+        levels.append(torch.tan(theta).log())
         times = path.time(theta)
         if cost == "predictor":
             found = predictor_costs(denoiser, data, times, DRAWS, 64, "euler", None if small else PROBES, generator=g)
@@ -75,8 +75,7 @@ def rounds(denoiser: Denoiser, data: Tensor, cost: str, start: Schedule, seed: i
         lengths = step_lengths(each, order)
         uneven.append(float(lengths.std() / lengths.mean()))
         theta = equalise(theta, each, order=order)
-        levels.append(torch.tan(theta).log())
-    return uneven, levels[: ROUNDS + 1], spent
+    return uneven, levels, spent
 
 
 def converged(denoiser: Denoiser, data: Tensor, cost: str, name: str) -> list[dict]:
@@ -104,31 +103,24 @@ def models(args: argparse.Namespace) -> dict[str, Callable[[], tuple[Denoiser, T
     def mixture(exact: Mixture) -> tuple[Denoiser, Tensor]:
         return exact, exact.sample(20_000, seeded(1))
 
-    def network(run: str, low: float | None, data: str, folder: str | None = None, size: int | None = None):
-        denoiser = load_denoiser(run)
-        path = VE(low or denoiser.path.sigma_min, denoiser.path.sigma_max)
-        return OnPath(denoiser, path), load_data(data, folder, size).train
+    def digits() -> tuple[Denoiser, Tensor]:
+        denoiser = load_denoiser(args.digits)
+        return OnPath(denoiser, VE(denoiser.path.sigma_min, denoiser.path.sigma_max)), load_data("digits").train
 
     found: dict[str, Callable[[], tuple[Denoiser, Tensor]]] = {
         "bimodal, 1-D": lambda: mixture(Mixture([[-1.0], [1.0]], 0.1, path=VE(0.01, 40.0))),
         "8 Gaussians, 2-D": lambda: mixture(ring(path=VE(0.02, 40.0))),
     }
     if args.digits:
-        found["digits, learned"] = lambda: network(args.digits, None, "digits")
-    if args.mnist:
-        slim = f"{HERE.parent / 'examples' / 'mnist_slim.py'}:denoiser"
-        found["MNIST DDPM"] = lambda: network(slim, 0.05, "mnist", args.mnist, 32)
+        found["digits, learned"] = digits
     return found
 
 
 def draw(result: dict, file: Path) -> None:
     figure, axes = plt.subplots(2, len(result["models"]), figsize=(3.2 * len(result["models"]), 5.2), squeeze=False)
     for column, (name, costs) in zip(axes.T, result["models"].items(), strict=True):
-        for axis, cost in zip(column, ("corrector", "predictor"), strict=True):
+        for axis, cost in zip(column, COSTS, strict=True):
             axis.set(title=f"{name}: {cost}", xlabel="round", yscale="log")
-            if cost not in costs:
-                axis.axis("off")
-                continue
             for row in costs[cost]:
                 for k, (start, uneven) in enumerate(row["uneven"].items()):
                     colour = COLOURS.get(start, f"C{k + 4}")
@@ -146,22 +138,18 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", metavar="RUN", help="folder of `fewstep train --data digits`")
-    parser.add_argument("--mnist", metavar="DATA", help="where MNIST's idx files lie: adds examples/mnist_slim.py")
     parser.add_argument("--draw", action="store_true", help="only the picture")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
-    result = (
-        json.loads(args.out.read_text())
-        if args.draw
-        else {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    )
-    if not args.draw:
-        result |= {"levels": LEVELS, "draws": DRAWS, "models": {}}
+    if args.draw:
+        result = json.loads(args.out.read_text())
+    else:
+        result = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "levels": LEVELS, "draws": DRAWS}
+        result["models"] = {}
         for name, make in models(args).items():
             denoiser, data = make()
-            costs = ("corrector",) if name == "MNIST DDPM" else ("corrector", "predictor")  # a Jacobian of convolutions is dear
-            result["models"][name] = {cost: converged(denoiser, data, cost, name) for cost in costs}
+            result["models"][name] = {cost: converged(denoiser, data, cost, name) for cost in COSTS}
             write_json(args.out, result)
     draw(result, args.picture)
 
