@@ -264,6 +264,7 @@ def rows() -> list[Row]:
     return [
         Row("start", 5, {"start": start}, functools.partial(of_start, pretrain)),
         fewstep("fewstep", pretrain),
+        fewstep("fewstep, the model's score", pretrain, dataclasses.replace(FINETUNE, score="model")),
         *(peer(f"published, tau {tau:g}", pretrain, tau) for tau in (0.1, 0.01, 0.0, 1.0)),
         fewstep("fewstep, untrained start", untrained),
         peer("published, tau 0.1, untrained start", untrained, 0.1),

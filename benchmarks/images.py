@@ -67,7 +67,7 @@ FINETUNE = {
     "fine-tuned": {
         "digits": FinetuneConfig(),
         "mnist_slim": replace(SHORT_RUN, iterations=160, score="model"),
-        "fashion": replace(SHORT_RUN, iterations=160, score="model", critic_steps=4, lr_value=3e-4),
+        "fashion": replace(SHORT_RUN, iterations=160, score="model"),
     },
     "fine-tuned on the model's score": {"digits": FinetuneConfig(score="model")},
 }

@@ -198,6 +198,20 @@ def test_an_energy_that_is_not_told_the_class_needs_a_density_that_is():
         make_value(sampler, (2,), FinetuneConfig(density_iterations=0), Flat(2, 1))
 
 
+def test_a_short_run_has_a_faster_critic_which_travels_as_far_until_it_is_as_fast_as_it_may_be():
+    def pace(iterations, **given):
+        state = state_of(density_iterations=0, iterations=iterations, **given)
+        return state.critic_steps, state.lr_value, state.value_optimiser.param_groups[0]["lr"]
+
+    assert pace(2000) == (1, pytest.approx(1e-4), pytest.approx(1e-4))
+    assert pace(160) == (4, 3e-4, 3e-4)
+    for iterations in (170, 250, 500, 900, 3000, 10_000):
+        steps, lr, _ = pace(iterations)
+        assert 1 <= steps <= 4 and lr <= 3e-4
+        assert steps * lr * iterations == pytest.approx(0.2)
+    assert pace(160, critic_steps=2)[0] == 2 and pace(160, lr_value=1e-5) == (4, 1e-5, 1e-5)
+
+
 def test_several_critic_steps_use_fresh_data_and_the_same_rollouts(monkeypatch):
     seen, step = [], dxmi.value_step
 
@@ -527,7 +541,8 @@ if processes.index == 0:
 def short_run(processes=dxmi.ALONE) -> FinetuneState:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    state = state_of(iterations=20, density_iterations=10, batch_size=16, velocity_decay=0.99, lr=1e-3)
+    settings = {"density_iterations": 10, "batch_size": 16, "velocity_decay": 0.99, "critic_steps": 2, "lr_value": 1e-4}
+    state = state_of(iterations=20, lr=1e-3, **settings)
     for _ in finetune(state, ring().sample(200, torch.Generator().manual_seed(0)), processes=processes):
         pass
     return state

@@ -165,11 +165,12 @@ class FinetuneConfig:
     before, in nats; lr is lowered where it moves them farther (a trust region, as TRPO has). It falls with the rates."""
     lr_std: Positive = 3e-4
     """Adam's rate for the log of the step noises."""
-    lr_value: Positive = 1e-4
-    """Adam's rate for the correction of value and energy; above this it learns small data by heart (docs/log.md)."""
-    critic_steps: Count = 1
-    """Steps of value and energy on each batch of rollouts, with fresh data each. Large networks, whose sampler the trust region
-    makes slow, gain by more; small data are learned by heart (docs/log.md)."""
+    lr_value: Positive | None = None
+    """Adam's rate for the correction of value and energy. If not given: such that the rates of all its steps add up to 0.2,
+    but at most 3e-4. Too little and it lags behind the sampler, too much and it learns small data by heart (docs/log.md)."""
+    critic_steps: Count | None = None
+    """Steps of value and energy on each batch of rollouts, with fresh data each. If not given: 1 from 667 iterations on, up
+    to 4 in shorter runs."""
     lr_density: Positive = 2e-3
     """Adam's rate for the density; it falls to 0 along a cosine."""
     tau: NotNegative | None = None
