@@ -43,7 +43,7 @@ PUBLISHED = {"density_iterations": 0, "velocity_decay": 0.99} | FREE
 TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (4, {}),
     "no trust region": (4, FREE),
-    "the model's score": (4, {"score": "model"}),
+    "the density's score": (4, {"score": "density"}),
     "tau 0": (4, {"tau": 0.0}),
     "published objective, a value per step": (4, PUBLISHED),
     "published objective, shared value, sigmoid time cost": (4, PUBLISHED | {"value": "shared", "time_cost": "sigmoid"}),

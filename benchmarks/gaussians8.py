@@ -57,6 +57,7 @@ STEPS = 5
 DATA = 50_000
 TRAIN = TrainConfig(iterations=4000, batch_size=512, network="mlp", width=128, depth=2, sigma_min=0.15, sigma_max=10.0)
 FINETUNE = FinetuneConfig()
+DENSITY = FinetuneConfig(score="density")
 PAPERS_BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
 LAST_STD = 0.02  # of the starts' last steps; `Sampler.sample` leaves it out
 
@@ -264,9 +265,9 @@ def rows() -> list[Row]:
     return [
         Row("start", 5, {"start": start}, functools.partial(of_start, pretrain)),
         fewstep("fewstep", pretrain),
-        fewstep("fewstep, the model's score", pretrain, dataclasses.replace(FINETUNE, score="model")),
+        fewstep("fewstep, the density's score", pretrain, DENSITY),
         *(peer(f"published, tau {tau:g}", pretrain, tau) for tau in (0.1, 0.01, 0.0, 1.0)),
-        fewstep("fewstep, untrained start", untrained),
+        fewstep("fewstep, untrained start", untrained, DENSITY),  # such a model has no score to follow
         peer("published, tau 0.1, untrained start", untrained, 0.1),
         Row("paper's start", 5, {"start": start}, functools.partial(of_start, papers)),
         fewstep("fewstep, paper's levels", papers),  # it starts where the data are

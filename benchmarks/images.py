@@ -62,15 +62,8 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(density_iterations=600, batch_size=32)
-FINETUNE = {
-    "fine-tuned": {
-        "digits": FinetuneConfig(),
-        "mnist_slim": replace(SHORT_RUN, iterations=160, score="model"),
-        "fashion": replace(SHORT_RUN, iterations=160, score="model"),
-    },
-    "fine-tuned on the model's score": {"digits": FinetuneConfig(score="model")},
-}
+SHORT_RUN = FinetuneConfig(iterations=240, density_iterations=600, batch_size=32)
+FINETUNE = {"fine-tuned": {"digits": FinetuneConfig(), "mnist_slim": SHORT_RUN, "fashion": SHORT_RUN}}
 MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
 

@@ -16,7 +16,7 @@ from fewstep.config import FinetuneConfig
 from fewstep.denoiser import OnPath, to_score
 from fewstep.dxmi import FinetuneState, make_state, running_cost, sampler_step, value_step
 from fewstep.energy import Value, density_loss, make_value
-from fewstep.finetuning import finetune
+from fewstep.finetuning import finetune, keep_best
 from fewstep.goal import Goal, make_goal
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
@@ -196,20 +196,6 @@ def test_an_energy_that_is_not_told_the_class_needs_a_density_that_is():
     make_value(sampler, (2,), FinetuneConfig(), Flat(2, 1))
     with pytest.raises(ValueError, match="not told the class"):
         make_value(sampler, (2,), FinetuneConfig(density_iterations=0), Flat(2, 1))
-
-
-def test_a_short_run_has_a_faster_critic_which_travels_as_far_until_it_is_as_fast_as_it_may_be():
-    def pace(iterations, **given):
-        state = state_of(density_iterations=0, iterations=iterations, **given)
-        return state.critic_steps, state.lr_value, state.value_optimiser.param_groups[0]["lr"]
-
-    assert pace(2000) == (1, pytest.approx(1e-4), pytest.approx(1e-4))
-    assert pace(160) == (4, 3e-4, 3e-4)
-    for iterations in (170, 250, 500, 900, 3000, 10_000):
-        steps, lr, _ = pace(iterations)
-        assert 1 <= steps <= 4 and lr <= 3e-4
-        assert steps * lr * iterations == pytest.approx(0.2)
-    assert pace(160, critic_steps=2)[0] == 2 and pace(160, lr_value=1e-5) == (4, 1e-5, 1e-5)
 
 
 def test_several_critic_steps_use_fresh_data_and_the_same_rollouts(monkeypatch):
@@ -513,12 +499,24 @@ def test_a_rate_that_moves_the_policy_little_is_left_alone():
 
 
 def test_the_best_state_is_the_one_closest_to_the_held_out_data():
-    state = state_of(iterations=500, density_iterations=2, lr=3e-3)
+    state = state_of(iterations=500, density_iterations=2, lr=3e-3, score="density")  # the model is untrained
     data = ring().sample(500, torch.Generator().manual_seed(0))
     seen = [m["held_out_sw"] for m in finetune(state, data, Goal(data)) if "held_out_sw" in m]
     assert len(seen) == 2
     assert state.best["held_out_sw"] == min(seen)
     assert state.best["step"] == (252, 502)[seen.index(min(seen))]
+
+
+def test_few_held_out_data_are_held_against_many_samples_of_their_classes():
+    """Of 300 samples the distance is mostly noise, and chose states that were worse by half."""
+    denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)
+    times = karras(0.1, 10).times(denoiser.path, 3)
+    state = make_state(denoiser, times, FinetuneConfig(iterations=250, density_iterations=0), (2,))
+    state.step, data, labels = 250, torch.randn(60, 2), torch.arange(60) % 3
+    found = keep_best(state, Goal(data, labels))["held_out_sw"]
+    sampler, g = state.averaged.module, torch.Generator().manual_seed(0)
+    x = sampler.sample(sampler.start(1020, (2,), g), g, {"class_labels": labels.repeat(17)})
+    assert found == sliced_wasserstein(x, data, 1000, g) == state.best["held_out_sw"]
 
 
 # --- several processes --------------------------------------------------------------------------------------------------
@@ -541,8 +539,7 @@ if processes.index == 0:
 def short_run(processes=dxmi.ALONE) -> FinetuneState:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    settings = {"density_iterations": 10, "batch_size": 16, "velocity_decay": 0.99, "critic_steps": 2, "lr_value": 1e-4}
-    state = state_of(iterations=20, lr=1e-3, **settings)
+    state = state_of(iterations=20, density_iterations=10, batch_size=16, velocity_decay=0.99, lr=1e-3)
     for _ in finetune(state, ring().sample(200, torch.Generator().manual_seed(0)), processes=processes):
         pass
     return state
@@ -672,9 +669,12 @@ def test_a_rewards_start_is_that_of_the_tilted_data():
     assert torch.allclose(state.averaged.module.start_mean, torch.full((2,), 500.0), atol=5)
 
 
-def test_the_models_score_needs_a_density():
-    with pytest.raises(ValueError, match="density_iterations"):
-        state_of(score="model", density_iterations=0)
+def test_without_a_density_there_is_no_score_to_stand_in_for():
+    assert state_of(density_iterations=0).model is None
+    assert state_of(score="density").model is None
+    state = state_of()
+    with pytest.raises(ValueError, match="needs the pretrained model"):
+        FinetuneState(state.sampler, state.value, FinetuneConfig())
 
 
 def test_a_model_whose_noisiest_level_shows_the_data_is_started_where_they_are():

@@ -165,20 +165,19 @@ class FinetuneConfig:
     before, in nats; lr is lowered where it moves them farther (a trust region, as TRPO has). It falls with the rates."""
     lr_std: Positive = 3e-4
     """Adam's rate for the log of the step noises."""
-    lr_value: Positive | None = None
-    """Adam's rate for the correction of value and energy. If not given: such that the rates of all its steps add up to 0.2,
-    but at most 3e-4. Too little and it lags behind the sampler, too much and it learns small data by heart (docs/log.md)."""
-    critic_steps: Count | None = None
-    """Steps of value and energy on each batch of rollouts, with fresh data each. If not given: 1 from 667 iterations on, up
-    to 4 in shorter runs."""
+    lr_value: Positive = 1e-4
+    """Adam's rate for the correction of value and energy; above this it learns small data by heart (docs/log.md)."""
+    critic_steps: Count = 1
+    """Steps of value and energy on each batch of rollouts, with fresh data each. More of them steady the classes of some short
+    runs; small data are learned by heart (docs/log.md)."""
     lr_density: Positive = 2e-3
     """Adam's rate for the density; it falls to 0 along a cosine."""
     tau: NotNegative | None = None
     """Temperature: weight of the entropy and velocity costs, per dimension. Derived from the density's spread if not given;
     without a density the paper's 0.1."""
-    score: Literal["density", "model"] = "density"
-    """Whose score the sampler follows: the learned density's, or the pretrained model's, which was better on MNIST, brought
-    precision for recall on the digits (docs/log.md) and costs an evaluation more per transition, in float32."""
+    score: Literal["model", "density"] = "model"
+    """Whose score the sampler follows, where there is a density: the pretrained model's, which costs an evaluation more per
+    transition, in float32, or the density's own, for a model that has learned too little (docs/log.md)."""
     gamma: Positive = 1.0
     """Weight of the square of the energy's correction, which bounds it."""
     value: Literal["per_step", "shared"] = "per_step"

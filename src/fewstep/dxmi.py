@@ -47,8 +47,6 @@ from fewstep.training import averaged
 
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
-TRAVEL = 0.2  # sum of the critic's rates over a run
-MOST_STEPS, MOST_RATE = 4, 3e-4  # of the critic, per iteration
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
 MANY = 10_000  # data whose principal components are taken
 
@@ -71,12 +69,11 @@ class FinetuneState:
                 "the sampler's denoiser has no parameters to train; hand its network over as an nn.Module, not as a function "
                 "around one"
             )
-        if config.score == "model" and (model is None or value.density_net is None):
-            raise ValueError(
-                'score "model" needs the pretrained model, and a density beside it: density_iterations of at least 1'
-            )
+        follows = config.score == "model" and value.density_net is not None
+        if follows and model is None:
+            raise ValueError('score "model" needs the pretrained model; hand it over, or follow the density\'s')
         self.config, self.sampler, self.value = config, sampler, value
-        self.model = model if config.score == "model" else None
+        self.model = model if follows else None
         self.averaged = averaged(sampler, config.ema)
         self.averaged_value = averaged(value, config.ema)
         betas = (config.momentum, 0.999)
@@ -86,8 +83,7 @@ class FinetuneState:
             betas=betas,
             fused=True,
         )
-        self.critic_steps, self.lr_value = critic_pace(config)
-        self.value_optimiser = torch.optim.Adam(value.critic_parameters(), lr=self.lr_value, betas=betas, fused=True)
+        self.value_optimiser = torch.optim.Adam(value.critic_parameters(), lr=config.lr_value, betas=betas, fused=True)
         self.density_optimiser = torch.optim.Adam([{"params": value.density_parameters()}], lr=config.lr_density, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step, self.rate, self.pace, self.rolled_back = 0, 1.0, FIRST_PACE, 0
@@ -152,16 +148,6 @@ class FinetuneState:
         self.first_spread, self.knows_last = state["first_spread"], state.get("knows_last", False)
 
 
-def critic_pace(config: FinetuneConfig) -> tuple[int, float]:
-    """Steps of value and energy per iteration, and their rate, as given or else as the length of the run asks for.
-
-    Adam moves a weight by about its rate, so how far a critic gets goes with the sum of its rates. That is held to 0.2: a
-    shorter run takes larger steps, up to 3e-4, and where that is not enough more of them, up to 4.
-    """
-    steps = config.critic_steps or min(MOST_STEPS, math.ceil(TRAVEL / (MOST_RATE * config.iterations)))
-    return steps, config.lr_value or min(MOST_RATE, TRAVEL / (steps * config.iterations))
-
-
 def make_state(
     denoiser: Denoiser, times: Tensor, config: FinetuneConfig, shape: tuple[int, ...], energy: nn.Module | None = None
 ) -> FinetuneState:
@@ -169,7 +155,8 @@ def make_state(
 
     energy: a module from samples (b, *shape) to (b,) whose structure the energy is to have (`Value`).
     """
-    model = copy.deepcopy(denoiser).eval().requires_grad_(False) if config.score == "model" else None
+    follows = config.score == "model" and config.density_iterations > 0
+    model = copy.deepcopy(denoiser).eval().requires_grad_(False) if follows else None
     own = copy.deepcopy(denoiser).requires_grad_(True)
     if config.compile:
         own.compile()
@@ -395,7 +382,7 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process takes its share."""
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
     learning = state.step < config.density_iterations
-    n = 1 if learning else state.critic_steps
+    n = 1 if learning else config.critic_steps
     rows = goal.rows(n * config.batch_size, state.generator).reshape(n, -1)
     noise = torch.randn(2 * steps + 1 + n, config.batch_size, *goal.data.shape[1:], generator=state.generator)
     rows, noise = processes.share(rows, 1), processes.share(noise, 1).to(goal.data)
@@ -405,7 +392,7 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
         return density_step(state, data[0], noise, reach, conds[0], processes)
 
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
-    for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, state.lr_value), strict=True):
+    for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, config.lr_value), strict=True):
         group["lr"] = lr * state.left
     start, on_the_way, redrawn, last = noise.tensor_split((1, steps + 1, 2 * steps + 1))
     start = sampler.start_from(start[0])

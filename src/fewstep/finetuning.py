@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -17,6 +18,7 @@ from fewstep.sampler import Sampler
 
 LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
 ROLL_BACKS = 5
+DIRECTIONS = 1000  # of the distance to held-out data
 
 
 def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: float) -> str | None:
@@ -42,9 +44,10 @@ def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
     done = state.step - state.config.density_iterations
     if held_out is None or done <= 0 or (done % JUDGE_EVERY and state.step < state.total):
         return {}
-    sampler, g = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0)
-    data, cond = held_out.data[:FEW], condition(held_out, torch.arange(min(FEW, len(held_out.data))))
-    found = sliced_wasserstein(sampler.sample(sampler.start(len(data), tuple(data.shape[1:]), g), g, cond), data, 200, g)
+    sampler, g, data = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0), held_out.data[:FEW]
+    rows = torch.arange(len(data)).repeat(math.ceil(FEW / len(data)))  # few data need as many samples, or noise chooses
+    start = sampler.start(len(rows), tuple(data.shape[1:]), g)
+    found = sliced_wasserstein(sampler.sample(start, g, condition(held_out, rows)), data, DIRECTIONS, g)
     if found < state.best.get("held_out_sw", float("inf")):
         weights = {"sampler": sampler.state_dict(), "value": state.averaged_value.module.state_dict()}
         state.best = copy.deepcopy({"held_out_sw": found, "step": state.step, **weights})
