@@ -152,6 +152,20 @@ def test_a_run_of_an_older_fewstep_goes_on_if_what_it_did_not_know_is_at_its_def
         assert f"{key} was " in fewstep(*arguments, f"--{key.replace('_', '-')}", other, expect=2, capsys=capsys)
 
 
+def test_a_run_from_before_there_was_a_score_to_choose_followed_the_densitys(tmp_path, capsys):
+    np.save(tmp_path / "p.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    data = ("--data", tmp_path / "p.npy", "--batch-size", 8)
+    fewstep("train", *data, "--iterations", 3, *TINY, "--out", tmp_path / "m")
+    run = ("finetune", *data, "--model", tmp_path / "m", "--iterations", 2, "--density-iterations", 2, "--out", tmp_path / "f")
+    fewstep(*run, "--score", "density")
+    file = tmp_path / "f" / "config.json"
+    document = json.loads(file.read_text())
+    del document["config"]["score"]
+    file.write_text(json.dumps(document))
+    assert "score was 'density', now 'model'" in fewstep(*run, expect=2, capsys=capsys)
+    fewstep(*run, "--score", "density")
+
+
 def test_a_labelled_run_continues_where_it_stood_and_notices_other_labels(conditional, tmp_path, capsys):
     with np.load(conditional / "points.npz") as points:
         x, y = points["x"], points["y"]

@@ -146,7 +146,8 @@ def finetune(
         settings |= {"labels_fingerprint": fingerprint([labels])}
     settings |= data_settings(source, data) | dataclasses.asdict(config)
     if processes.index == 0:
-        open_run(out, "finetune", settings, dataclasses.asdict(FinetuneConfig()))
+        before = FinetuneConfig(score="density")  # what runs did before there was a choice
+        open_run(out, "finetune", settings, dataclasses.asdict(before))
     processes.wait()
     resume(out, state, processes.index == 0)
     loop = finetune_loop(state, goal, Goal(data.test.to(device), test_labels), processes)
