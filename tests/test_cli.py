@@ -107,7 +107,7 @@ def test_a_conditional_model_serves_the_commands_that_know_no_labels(conditional
     assert row["sw"] < 0.8  # the data's radius is 2.9: both classes are there
 
 
-def test_evaluation_tells_classes_in_the_shares_of_the_data(conditional, tmp_path):
+def test_evaluation_tells_classes_in_the_shares_of_the_data(conditional, tmp_path, capsys):
     """A quarter of class 0 at -2, all of it first: fewer samples than data, or as many of each, would be 2 or more away."""
     with np.load(conditional / "points.npz") as points:
         order = np.concatenate([np.flatnonzero(points["y"] == 0)[:100], np.flatnonzero(points["y"] == 1)])
@@ -125,6 +125,10 @@ def test_evaluation_tells_classes_in_the_shares_of_the_data(conditional, tmp_pat
     assert rows[1][1:] == rows[4][1:] == rows[None][1:]
     assert rows[1][0]["sw"] == pytest.approx(rows[None][0]["sw"], abs=1e-4)  # scale 1 is no guidance
     assert abs(rows[4][0]["sw"] - rows[1][0]["sw"]) > 1e-3
+    fewstep("evaluate", *names, *few, "--no-labels", "--out", tmp_path / "untold")  # then in the model's own: half of each
+    untold = [json.loads(line) for line in (tmp_path / "untold" / "evaluation.jsonl").read_text().splitlines()]
+    assert untold[0]["sw"] > 1
+    assert "labels_fingerprint was" in fewstep("evaluate", *names, *few, "--out", tmp_path / "untold", expect=2, capsys=capsys)
 
 
 def test_an_evaluation_of_before_there_were_labels_in_it_goes_on(trained, tmp_path):
@@ -210,6 +214,7 @@ def test_mistakes_with_labels_give_one_line(conditional, trained, tmp_path, caps
         ((*sampler, "--label", 1, "--guidance", 2), "without guidance"),
         ((*judged, conditional / "model", "--data", tmp_path / "named.npz", "--guidance", 2), "no labels to guide towards"),
         ((*judged, trained / "model", "--data", conditional / "points.npz", "--guidance", 2), "knows no classes"),
+        ((*judged, conditional / "model", "--data", conditional / "points.npz", "--guidance", 2, "--no-labels"), "leave it or"),
         ((*judged, conditional / "model", "--data", tmp_path / "three.npz"), "must lie in 0 .. 1"),
         ((*judged, conditional / "model", "--data", tmp_path / "none.npz"), "got -1 .. 1"),
         ((*tuned, "--data", tmp_path / "three.npz"), "must lie in 0 .. 1"),

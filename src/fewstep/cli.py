@@ -231,6 +231,7 @@ def evaluate(
     guidance: Annotated[
         Positive | None, Parameter(help="Scale of the model's classifier-free guidance; doubles its evaluations.")
     ] = None,
+    labels: Annotated[bool, Parameter(help="Tell class-conditional ones the data's labels.")] = True,
     machine: Annotated[Machine, Flat] = Machine(),
 ) -> None:
     """Measure quality against the number of evaluations, for schedules, solvers and fine-tuned samplers.
@@ -258,6 +259,7 @@ def evaluate(
         track,
         sampler_steps or (),
         guidance,
+        labels,
     )
     show_folder(folder)
     _print_table(evaluation.table_of(rows))

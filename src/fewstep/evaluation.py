@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path as File
@@ -70,18 +71,24 @@ def evaluate(
     track: Track = silent,
     sampler_steps: Sequence[int] = (),
     guidance: float | None = None,
+    labels: bool = True,
 ) -> tuple[File, list[dict[str, Any]], dict[str, float]]:
     """Quality of every schedule x solver x steps of a model, and of fine-tuned samplers, cell by cell into evaluation.jsonl.
 
     sampler_steps: of the samplers, if not their own. Class-conditional ones are told labels in the shares that the data have
-    them; guidance: scale of the model's classifier-free guidance towards them. Returns the folder, the rows, and the floor:
-    the same measures between held-out and training data. A repeated command goes on with the cells that are missing.
+    them, or without `labels` no class; guidance: scale of the model's classifier-free guidance towards them. Returns the
+    folder, the rows, and the floor: the same measures between held-out and training data. A repeated command goes on with
+    the cells that are missing.
     """
     if model is None and guidance is not None:
         raise ValueError("--guidance is for a --model: fine-tuned samplers know none")
+    if guidance is not None and not labels:
+        raise ValueError("--guidance is towards labels: leave it or --no-labels out")
     if sampler_steps and not samplers:
         raise ValueError("--sampler-steps is for a --sampler; a model's are --steps")
     data = load(source)
+    if not labels:
+        data = dataclasses.replace(data, train_labels=None)
     extract = models.load_function(features) if features else None
     settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
     settings |= {"features": features, "guidance": guidance, "sampler_steps": list(sampler_steps) or None}
