@@ -62,15 +62,20 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(iterations=240, density_iterations=600, batch_size=32)
-FINETUNE = {"fine-tuned": {"digits": FinetuneConfig(), "mnist_slim": SHORT_RUN, "fashion": SHORT_RUN}}
+SHORT_RUN = FinetuneConfig(iterations=160, density_iterations=600, batch_size=32)
+TUNED = "fine-tuned"
+FINETUNE = {
+    "digits": FinetuneConfig(),
+    "mnist_slim": SHORT_RUN,
+    "fashion": replace(SHORT_RUN, critic_steps=4, lr_value=3e-4),
+}
 MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """solver: of `fewstep sample`, of FINETUNE, or MOVED. levels: own, karras or learned."""
+    """solver: of `fewstep sample`, TUNED or MOVED. levels: own, karras or learned."""
 
     solver: str
     levels: str
@@ -85,7 +90,7 @@ class Cell:
         return f"{self.method}, {self.steps} steps, seed {self.seed}"
 
 
-def cells(name: str, full: int, moved: bool) -> Iterator[Cell]:
+def cells(full: int, moved: bool) -> Iterator[Cell]:
     for steps in (4, 10, 50, full):
         yield Cell("ancestral", "own", steps)
         if moved:
@@ -95,9 +100,8 @@ def cells(name: str, full: int, moved: bool) -> Iterator[Cell]:
         for levels in ("karras", "learned"):
             yield Cell("dpmpp_2m", levels, steps)
             yield Cell("ancestral", levels, steps)
-            for solver in (solver for solver, settings in FINETUNE.items() if name in settings):
-                for seed in range(3 if steps == 4 else 1):
-                    yield Cell(solver, levels, steps, seed)
+            for seed in range(3 if steps == 4 else 1):
+                yield Cell(TUNED, levels, steps, seed)
 
 
 # --- features and classes -----------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ class Subject:
         return int(path.index(1.0)) if isinstance(path, Tabulated) else 200
 
     def cells(self) -> list[Cell]:
-        return list(cells(self.name, 20 if self.args.quick else self.full, self.moved))
+        return list(cells(20 if self.args.quick else self.full, self.moved))
 
     @cached_property
     def net(self) -> Classifier:
@@ -234,7 +238,7 @@ class Subject:
 
     def key(self, cell: Cell) -> dict:
         """What tells a finished row from those of other cells, settings and weights."""
-        settings = asdict(self.finetune_config(cell)) if cell.solver in FINETUNE else None
+        settings = asdict(self.finetune_config(cell)) if cell.solver == TUNED else None
         count = self.args.count if cell.steps <= SHORT or self.pixels else self.args.few
         about = {"count": count, "few": self.args.few, "fingerprint": fingerprint(self.denoiser.state_dict().values())}
         return {"model": self.name} | asdict(cell) | about | {"settings": settings}
@@ -243,7 +247,7 @@ class Subject:
         return replace(QUICK_LEARN if self.args.quick else LEARN, sigma_min=self.range[0], sigma_max=self.range[1])
 
     def finetune_config(self, cell: Cell) -> FinetuneConfig:
-        config = replace(FINETUNE[cell.solver][self.name], seed=cell.seed)
+        config = replace(FINETUNE[self.name], seed=cell.seed)
         return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
     def schedule(self, levels: str) -> Path:
@@ -272,7 +276,7 @@ class Subject:
 
     def ready(self, cell: Cell) -> tuple[Denoiser | Sampler, str, Tensor]:
         """What a cell is sampled with: a model with its solver, or a sampler, and the times."""
-        if cell.solver in FINETUNE:
+        if cell.solver == TUNED:
             sampler = self.sampler(cell)
             return sampler, "", sampler.times.cpu()
         times = self.times(cell)
@@ -383,13 +387,11 @@ def document(folder: Path) -> dict:
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
         own = [row for row in rows if row["model"] == name]
-        settings: dict[str, dict] = {}
-        for row in (row for row in own if row["settings"]):
-            used = {k: v for k, v in row["settings"].items() if k != "seed"}
-            if settings.setdefault(row["solver"], used) != used:
-                raise SystemExit(f"rows {row['solver']!r} of {name} have different settings; run them again with one")
+        settings = [{k: v for k, v in row["settings"].items() if k != "seed"} for row in own if row["settings"]]
+        if any(each != settings[0] for each in settings):
+            raise SystemExit(f"fine-tuned rows of {name} have different settings; run them again with one")
         kept = ("method", "solver", "levels", "steps", "seed", "evaluations", "at", "kept", "sigmas", "seconds")
-        found[name] = json.loads(file.read_text()) | {"finetune": settings}
+        found[name] = json.loads(file.read_text()) | {"finetune": settings[0] if settings else None}
         found[name]["rows"] = [{k: row[k] for k in kept if k in row} for row in own]
     return {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "models": found}
 
