@@ -167,7 +167,7 @@ def preferences() -> str:
     }
     lines = [
         f"**Tastes followed by a four-step sampler** (`python benchmarks/preferences.py`, {result['date']}, 8x8 digits, "
-        f"{seeds} seeds of {result['samples']:,} samples, mean ± standard deviation). Learned from {result['pairs']} choices, "
+        f"{seeds} seeds of {result['samples']:,} samples, on the density's score, mean ± standard deviation). Learned from {result['pairs']} choices, "
         f"{result['flipped']:.0%} of them flipped: "
         + "; ".join(f"{t}, rank correlation with the truth {c}, held-out accuracy {a}" for t, (c, a) in known.items())
         + ". In brackets what the target itself has, the training digits times exp(w r):",
@@ -202,7 +202,7 @@ def ablations(result: dict | None = None) -> str:
     )
     lines = [
         f"**What the parts give** (`python benchmarks/ablations.py RUN`, {result['date']}, 8x8 digits, {result['samples']:,} "
-        "samples, mean ± standard deviation over seeds, last iterate)",
+        "samples, fine-tuned on the density's score, mean ± standard deviation over seeds, last iterate)",
         "",
         "| | evaluations | seeds | FD-pixels | sliced Wasserstein | precision | recall | AUROC, held-out against noise | "
         "against its samples | CPU seconds |",
