@@ -167,7 +167,8 @@ def preferences() -> str:
     }
     lines = [
         f"**Tastes followed by a four-step sampler** (`python benchmarks/preferences.py`, {result['date']}, 8x8 digits, "
-        f"{seeds} seeds of {result['samples']:,} samples, on the density's score, mean ± standard deviation). Learned from {result['pairs']} choices, "
+        f"{seeds} seeds of {result['samples']:,} samples, fine-tuned on the density's score, mean ± standard deviation). "
+        f"Learned from {result['pairs']} choices, "
         f"{result['flipped']:.0%} of them flipped: "
         + "; ".join(f"{t}, rank correlation with the truth {c}, held-out accuracy {a}" for t, (c, a) in known.items())
         + ". In brackets what the target itself has, the training digits times exp(w r):",
