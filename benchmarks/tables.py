@@ -203,7 +203,7 @@ def ablations(result: dict | None = None) -> str:
     )
     lines = [
         f"**What the parts give** (`python benchmarks/ablations.py RUN`, {result['date']}, 8x8 digits, {result['samples']:,} "
-        "samples, fine-tuned on the density's score, mean ± standard deviation over seeds, last iterate)",
+        "samples, on the density's score unless a row says otherwise, mean ± standard deviation over seeds, last iterate)",
         "",
         "| | evaluations | seeds | FD-pixels | sliced Wasserstein | precision | recall | AUROC, held-out against noise | "
         "against its samples | CPU seconds |",

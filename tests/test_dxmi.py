@@ -517,6 +517,9 @@ def test_few_held_out_data_are_held_against_many_samples_of_their_classes():
     sampler, g = state.averaged.module, torch.Generator().manual_seed(0)
     x = sampler.sample(sampler.start(1020, (2,), g), g, {"class_labels": labels.repeat(17)})
     assert found == sliced_wasserstein(x, data, 1000, g) == state.best["held_out_sw"]
+    for n in (0, 1):
+        with pytest.raises(ValueError, match="too few held-out"):
+            next(finetune(state, data, Goal(data[:n], labels[:n])))
 
 
 # --- several processes --------------------------------------------------------------------------------------------------
@@ -672,6 +675,7 @@ def test_a_rewards_start_is_that_of_the_tilted_data():
 def test_without_a_density_there_is_no_score_to_stand_in_for():
     assert state_of(density_iterations=0).model is None
     assert state_of(score="density").model is None
+    assert state_of().model is not None
     state = state_of()
     with pytest.raises(ValueError, match="needs the pretrained model"):
         FinetuneState(state.sampler, state.value, FinetuneConfig())

@@ -80,7 +80,7 @@ def states():
     small = TrainConfig(iterations=95, batch_size=16, width=16, depth=1)
     denoiser = make_denoiser((2,), small)
     times = karras(0.1, 10).times(denoiser.path, 3)
-    tuned = FinetuneConfig(iterations=65, density_iterations=30, batch_size=16)
+    tuned = FinetuneConfig(iterations=65, density_iterations=30, batch_size=16, score="density")
     follower = dataclasses.replace(tuned, score="model", critic_steps=2)
     wide = 30 * data  # the noisiest level shows them, so that the start moves
     return {

@@ -16,7 +16,7 @@ The paper has no A. Its energy, held to 0 by gamma, has the optimum (pi - p)/(2 
 then nothing but entropy is left to follow, and the sampler spreads too far. Here gamma holds E to tau A instead, so that
 p = pi = q is a fixed point: C = 0, E = tau A, and exp(-A) is the density (docs/guide.md). A costs `density_iterations`;
 with none, all is the paper's. The sampler's rate is what moves its policy by `trust` nats an iteration (`keep_pace`), and
-it may follow the pretrained model's score in the place of A's (`next_value`).
+it follows the pretrained model's score in the place of A's unless told otherwise (`next_value`).
 
 c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper takes
 k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not charge for
@@ -71,7 +71,7 @@ class FinetuneState:
             )
         follows = config.score == "model" and value.density_net is not None
         if follows and model is None:
-            raise ValueError('score "model" needs the pretrained model; hand it over, or follow the density\'s')
+            raise ValueError('score "model" needs the pretrained model: use make_state, give model=, or set score="density"')
         self.config, self.sampler, self.value = config, sampler, value
         self.model = model if follows else None
         self.averaged = averaged(sampler, config.ema)

@@ -65,6 +65,8 @@ def finetune(
     wrong, when going back has not helped 5 times.
     """
     goal = data if isinstance(data, Goal) else make_goal(data)
+    if held_out is not None and len(held_out.data) < 2:
+        raise ValueError(f"too few held-out data: {len(held_out.data)}; give 2 or more, or none")
     config = state.config
     data_std = float(torch.hypot(goal.data.std().cpu(), state.sampler.last_std.cpu()))
     good, window = copy.deepcopy(state.learned()), list[dict[str, float]]()

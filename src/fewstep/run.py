@@ -80,7 +80,7 @@ def require_free(folder: str | File, command: str, config: dict[str, Any], defau
             if was != now:
                 raise ValueError(
                     f"{folder} belongs to another configuration: {key} was {was!r}, now {now!r}; give another --out, or "
-                    "the same options to continue it"
+                    "the options that it was made with"
                 )
     elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a run folder of fewstep; give another --out")
