@@ -267,7 +267,8 @@ def rows() -> list[Row]:
         fewstep("fewstep", pretrain),
         fewstep("fewstep, the density's score", pretrain, DENSITY),
         *(peer(f"published, tau {tau:g}", pretrain, tau) for tau in (0.1, 0.01, 0.0, 1.0)),
-        fewstep("fewstep, the density's score, untrained start", untrained, DENSITY),  # such a model has no score to follow
+        fewstep("fewstep, untrained start", untrained),  # such a model has no score worth following
+        fewstep("fewstep, the density's score, untrained start", untrained, DENSITY),
         peer("published, tau 0.1, untrained start", untrained, 0.1),
         Row("paper's start", 5, {"start": start}, functools.partial(of_start, papers)),
         fewstep("fewstep, paper's levels", papers),  # it starts where the data are

@@ -160,14 +160,15 @@ def images(result: dict | None = None) -> str:
 
 def preferences() -> str:
     result = json.loads((HERE / "preferences.json").read_text())
-    rows, seeds = result["rows"], len({row["seed"] for row in result["rows"]})
+    rows, count = result["rows"], len({row["seed"] for row in result["rows"]})
+    seeds = f"{count} seed" if count == 1 else f"{count} seeds"
     known = {
         taste: [spread([a[k] for a in result["agreements"] if a["taste"] == taste]) for k in ("rank_correlation", "accuracy")]
         for taste in dict.fromkeys(row["taste"] for row in rows)
     }
     lines = [
         f"**Tastes followed by a four-step sampler** (`python benchmarks/preferences.py`, {result['date']}, 8x8 digits, "
-        f"{seeds} seeds of {result['samples']:,} samples, fine-tuned on the density's score, mean ± standard deviation). "
+        f"{seeds} of {result['samples']:,} samples, fine-tuned on the density's score, mean ± standard deviation). "
         f"Learned from {result['pairs']} choices, "
         f"{result['flipped']:.0%} of them flipped: "
         + "; ".join(f"{t}, rank correlation with the truth {c}, held-out accuracy {a}" for t, (c, a) in known.items())

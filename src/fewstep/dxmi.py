@@ -56,9 +56,9 @@ class FinetuneState:
 
     step counts the density's iterations first, then the sampler's. rate: share of the learning rates that is left after
     roll-backs; pace: share of the sampler's that the trust region leaves. best: weights of the averaged sampler and value with
-    the least `held_out_sw`, where data are held out. model: the pretrained denoiser as it was, for config.score "model";
-    alpha, sigma and model_times (N+1,): the levels of the states before each step, and its time for them; knows_last: whether
-    it is any good at the last one (`model_denoises`).
+    the least `held_out_sw`, where data are held out. model: a copy of the pretrained denoiser where its score is followed,
+    else None; alpha, sigma and model_times (N+1,): the levels of the states before each step, and its time for them;
+    knows_last: whether it is any good at the last one (`model_denoises`).
     """
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig, model: Denoiser | None = None):
@@ -73,7 +73,7 @@ class FinetuneState:
         if follows and model is None:
             raise ValueError('score "model" needs the pretrained model: use make_state, give model=, or set score="density"')
         self.config, self.sampler, self.value = config, sampler, value
-        self.model = model if follows else None
+        self.model = copy.deepcopy(model).eval().requires_grad_(False) if model is not None and follows else None
         self.averaged = averaged(sampler, config.ema)
         self.averaged_value = averaged(value, config.ema)
         betas = (config.momentum, 0.999)
@@ -155,8 +155,6 @@ def make_state(
 
     energy: a module from samples (b, *shape) to (b,) whose structure the energy is to have (`Value`).
     """
-    follows = config.score == "model" and config.density_iterations > 0
-    model = copy.deepcopy(denoiser).eval().requires_grad_(False) if follows else None
     own = copy.deepcopy(denoiser).requires_grad_(True)
     if config.compile:
         own.compile()
@@ -165,7 +163,7 @@ def make_state(
         torch.manual_seed(config.seed)
         value = make_value(sampler, shape, config, copy.deepcopy(energy))
     device = next(own.parameters(), torch.empty(0)).device
-    return FinetuneState(sampler.to(device), value.to(device), config, model)
+    return FinetuneState(sampler.to(device), value.to(device), config, denoiser)
 
 
 # --- the costs ----------------------------------------------------------------------------------------------------
