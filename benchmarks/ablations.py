@@ -4,11 +4,10 @@
     python benchmarks/ablations.py RUN             two seeds; writes benchmarks/ablations.json
     python benchmarks/ablations.py RUN --quick     in miniature, into --rows; says nothing but that it runs
 
-Every fine-tuning is on Karras' levels and follows the density's score, otherwise in the default configuration, but for what
-its row says. Each is judged by 2,000 samples: Frechet distance in pixels and sliced Wasserstein distance to all training
-data, precision and recall; its energy by the AUROC of held-out digits against uniform noise and against its own samples. Of
-the first, two more things are judged that need no training: value guidance, and other numbers of steps (`fewstep sample
---steps`). Finished rows are kept in --rows.
+Every fine-tuning is on Karras' levels and in the default configuration, but for what its row says. Each is judged by 2,000
+samples: Frechet distance in pixels and sliced Wasserstein distance to all training data, precision and recall; its energy by
+the AUROC of held-out digits against uniform noise and against its own samples. Of the first, two more things are judged that
+need no training: value guidance, and other numbers of steps (`fewstep sample --steps`). Finished rows are kept in --rows.
 """
 
 from __future__ import annotations
@@ -39,11 +38,12 @@ from schedules import append
 from tables import ablations
 
 HERE = Path(__file__).parent
+DEFAULT = "default"
 FREE = {"trust": 1e9}
 PUBLISHED = {"density_iterations": 0, "velocity_decay": 0.99} | FREE
 TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
-    "the density's score": (4, {}),
-    "the model's score": (4, {"score": "model"}),
+    DEFAULT: (4, {}),
+    "the density's score": (4, {"score": "density"}),
     "no trust region": (4, FREE),
     "tau 0": (4, {"tau": 0.0}),
     "published objective, a value per step": (4, PUBLISHED),
@@ -100,7 +100,7 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
         for name, (steps, changed) in TRAINED.items():
             if name in finished:
                 continue
-            config = FinetuneConfig(**{"score": "density"} | changed, seed=seed)
+            config = FinetuneConfig(**changed, seed=seed)
             if quick:
                 short = {k: min(10, getattr(config, k)) for k in ("iterations", "density_iterations")}
                 config = dataclasses.replace(config, **short)
@@ -110,7 +110,7 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
                 keep(name, steps, {"failed": str(error)})
                 continue
             sampler, value = state.averaged.module, state.averaged_value.module
-            if name == "the density's score":  # its own row is the last, so that a killed command leaves none of them out
+            if name == DEFAULT:  # its own row is the last, so that a killed command leaves none of them out
                 keep("ancestral", steps, judge(drawn(Sampler(denoiser, sampler.times), data, count, seed), data))
                 for scale in GUIDANCE:
                     keep(f"guidance {scale:g}", steps, judge(guided(state, data, count, seed, scale), data))

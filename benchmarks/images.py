@@ -100,7 +100,7 @@ def cells(full: int, moved: bool) -> Iterator[Cell]:
         for levels in ("karras", "learned"):
             yield Cell("dpmpp_2m", levels, steps)
             yield Cell("ancestral", levels, steps)
-            for seed in range(3 if steps == 4 else 1):
+            for seed in range(3):
                 yield Cell(TUNED, levels, steps, seed)
 
 

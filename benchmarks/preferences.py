@@ -6,7 +6,7 @@
 Two things that can be measured on a digit stand for a taste: how far it is slanted (the shear of its ink's moments) and how
 thick it is (its mean ink), each in standard deviations of the training digits. Each is followed (i) as it is and (ii) as a
 preference learned from 300 choices between the model's own samples, of which 10 % are flipped and the close ones are ties.
-A sampler of four steps is fine-tuned with each, on the density's score, at several weights w, and without any (w = 0).
+A sampler of four steps is fine-tuned with each, at several weights w, and without any (w = 0).
 
 The target of weight w is the data times exp(w r), which moves the taste by itself: `ideal` is that target among the training
 digits, by importance. Quality is measured against the data, which a taste must leave, and against the target's own digits
@@ -48,7 +48,7 @@ Reward = Callable[[Tensor], Tensor]
 
 STEPS, WEIGHTS, PAIRS, FLIPPED, CLOSE = 4, (0.5, 1.0, 2.0), 300, 0.1, 0.1
 TRAIN = TrainConfig(iterations=4000, sigma_min=0.2, sigma_max=10.0)
-FINETUNE = FinetuneConfig(score="density")
+FINETUNE = FinetuneConfig()
 SAMPLES = 2000
 HERE = Path(__file__).parent
 

@@ -168,7 +168,7 @@ def preferences() -> str:
     }
     lines = [
         f"**Tastes followed by a four-step sampler** (`python benchmarks/preferences.py`, {result['date']}, 8x8 digits, "
-        f"{seeds} of {result['samples']:,} samples, fine-tuned on the density's score, mean ± standard deviation). "
+        f"{seeds} of {result['samples']:,} samples, mean ± standard deviation). "
         f"Learned from {result['pairs']} choices, "
         f"{result['flipped']:.0%} of them flipped: "
         + "; ".join(f"{t}, rank correlation with the truth {c}, held-out accuracy {a}" for t, (c, a) in known.items())
@@ -204,7 +204,7 @@ def ablations(result: dict | None = None) -> str:
     )
     lines = [
         f"**What the parts give** (`python benchmarks/ablations.py RUN`, {result['date']}, 8x8 digits, {result['samples']:,} "
-        "samples, on the density's score unless a row says otherwise, mean ± standard deviation over seeds, last iterate)",
+        "samples, mean ± standard deviation over seeds, last iterate)",
         "",
         "| | evaluations | seeds | FD-pixels | sliced Wasserstein | precision | recall | AUROC, held-out against noise | "
         "against its samples | CPU seconds |",
@@ -218,9 +218,27 @@ def ablations(result: dict | None = None) -> str:
     return "\n".join(lines)
 
 
+def anomalies(result: dict | None = None) -> str:
+    result = result or json.loads((HERE / "anomalies.json").read_text())
+    rows = result["rows"]
+    digits = list(dict.fromkeys(row["digit"] for row in rows))
+    lines = [
+        f"**A digit that was left out** (`python benchmarks/anomalies.py`, {result['date']}, 8x8 digits, AUROC of each digit "
+        f"against held-out ones of the other nine, {len({row['seed'] for row in rows})} seed of each)",
+        "",
+        f"| score | mean | {' | '.join(map(str, digits))} | CPU seconds |",
+        f"|---|---|{'---|' * len(digits)}---|",
+    ]
+    for name in rows[0]["auroc"]:
+        found = [mean(row["auroc"][name] for row in rows if row["digit"] == digit) for digit in digits]
+        seconds = mean(row["cpu_seconds"][name] for row in rows)
+        lines.append(f"| {name} | {mean(found):.3f} | {' | '.join(f'{each:.2f}' for each in found)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     old = text = README.read_text()
-    tables = (demo, gaussians8, toys, images, ablations, preferences, schedules)
+    tables = (demo, gaussians8, toys, images, ablations, preferences, anomalies, schedules)
     for name, table in ((t.__name__, t) for t in tables if (HERE / f"{FILES.get(t.__name__, t.__name__)}.json").exists()):
         mark = rf"(<!-- {name} table: python benchmarks/tables.py -->\n).*?(<!-- end -->)"
         if not re.search(mark, text, flags=re.S):
