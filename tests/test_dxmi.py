@@ -341,6 +341,25 @@ def test_where_the_samples_are_the_data_the_energy_stays_at_the_density():
         assert torch.equal(state.value.energy(x), state.value.tau * state.value.density(x, 3) + state.value.correction(x, 3))
 
 
+@pytest.mark.parametrize(("size", "shown"), [(1, False), (30, True)])
+def test_the_velocitys_scale_follows_the_rollouts_where_they_start_at_the_datas_gaussian(size: float, shown: bool):
+    """From noise of level 10 the scale is the path's; data of size 30 show there, and then it moves a hundredth of the way."""
+    state = state_of(VE(0.1, 10), iterations=5, density_iterations=10, batch_size=2000, lr=1e-9, lr_std=1e-9)
+    data = size * torch.randn(3000, 2, generator=torch.Generator().manual_seed(4))
+    of_the_path = state.back_variance.clone()
+    for _ in finetune(state, data):
+        pass
+    assert (state.sampler.start_basis is not None) == shown
+    if not shown:
+        assert torch.equal(state.back_variance, of_the_path)
+        return
+    states = state.sampler.rollout(state.sampler.start(20_000, (2,), torch.Generator().manual_seed(5)), torch.Generator())
+    wanted = torch.stack([((states[i] - state.back_scale[i] * states[i + 1]) ** 2).mean() for i in range(3)])
+    kept = 0.99**5
+    torch.testing.assert_close(state.back_variance, kept * of_the_path + (1 - kept) * wanted, rtol=0.01, atol=0)
+    assert not torch.allclose(state.back_variance, of_the_path, rtol=0.02)
+
+
 def test_tau_makes_the_density_spread_by_a_fortieth_of_the_corrections_range():
     state = fitted_density(150)
     data = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(4))

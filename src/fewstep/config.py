@@ -184,8 +184,9 @@ class FinetuneConfig:
     """per_step: a value that knows the step; shared: one energy for all steps, as the paper has for images."""
     time_cost: Literal["none", "linear", "sigmoid"] = "sigmoid"
     """What a shared value is told that a step costs."""
-    velocity_decay: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Decay of the running mean square velocity (the paper's a, 0.99); 1 keeps the path's own."""
+    velocity_decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Decay of the running mean square velocity (the paper's a, 0.99); 1 keeps the path's own, which is the default but where
+    rollouts start at the Gaussian of the data, farther from them than the path's noising leads: there it is 0.99."""
     momentum: Decay = 0.0
     """Adam's first moment decay, of sampler and value; above 0 the two players overshoot each other."""
     ema: Decay = 0.995

@@ -20,8 +20,10 @@ it follows the pretrained model's score in the place of A's unless told otherwis
 
 c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper takes
 k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not charge for
-the rescaling of the others; with A, s_i^2 stays that kernel's variance, for which the cost to go is A; the paper lets it
-follow the running mean square (adaptive velocity regularisation). A step without noise has no running cost.
+the rescaling of the others. With A, s_i^2 stays that kernel's variance, for which the cost to go is A, if rollouts start where
+the noising ends. Where they start elsewhere (`start_where_data_are`), they have farther to go than the noising went, and s_i^2
+follows their running mean square (the paper's adaptive velocity regularisation), or going there would cost too much. A step
+without noise has no running cost.
 
 The last step's noise is fixed, so the sampler cannot reach the data itself, only the data with that noise added: that is
 what it is held to, or the energy would learn to see the noise. `Sampler.sample` leaves the noise of the last step out.
@@ -47,6 +49,7 @@ from fewstep.training import averaged
 
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
+VELOCITY_DECAY = 0.99
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
 MANY = 10_000  # data whose principal components are taken
 
@@ -109,6 +112,13 @@ class FinetuneState:
         """The share of the learning rates that roll-backs and the fall over the second half leave, after the density."""
         done = (self.step - self.config.density_iterations) / self.config.iterations
         return self.rate * min(1.0, 2 * (1 - done))
+
+    @property
+    def velocity_decay(self) -> float:
+        """The config's, or what follows from where rollouts start: in the path's noise (1), or at the data's Gaussian."""
+        if self.config.velocity_decay is not None:
+            return self.config.velocity_decay
+        return 1.0 if self.sampler.start_basis is None else VELOCITY_DECAY
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -396,10 +406,10 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     start = sampler.start_from(start[0])
     with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
         states = sampler.rollout(start, cond=conds[0], noise=on_the_way)
-    if config.velocity_decay < 1:
+    if state.velocity_decay < 1:
         i = torch.arange(steps, device=data.device).repeat_interleave(len(start))
         squared = squared_velocity(state, i, states[:-1].flatten(0, 1), states[1:].flatten(0, 1))
-        state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - config.velocity_decay)
+        state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - state.velocity_decay)
 
     smoothed = data + float(sampler.last_std) * last
     metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, conds[0], processes)
