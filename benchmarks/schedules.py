@@ -16,8 +16,8 @@ rmse: root mean square, per dimension, of the solver's end against the converged
 method has seen; median: of the same over the noises, which the few that end in another mode do not decide. sw: sliced
 Wasserstein distance to data; fd: Frechet distance to data in pixels (of 28 x 28 and 32 x 32 images in means of 4 x 4
 pixels). evaluations, gradients, seconds: spent on choosing the levels; those of `fewstep` are the curve's, which serves all
-numbers of steps, and the refinement's. Its verdict, on 64 more noises, decides whether the file keeps them, and is counted
-apart.
+numbers of steps, and the refinement's. Its verdict, on 64 to 1,024 more noises, decides whether the file keeps them, and is
+counted apart.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The command line: the way from data to samples, and what a user's mistakes give: one line, exit code 2, nothing lost."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -282,6 +283,18 @@ def test_another_schedule_or_other_data_under_the_same_name_are_noticed(trained,
     fewstep(*arguments)
     karras(0.2, 10).save(tmp_path / "s.json")
     assert "times was" in fewstep(*arguments, expect=2, capsys=capsys)
+
+
+def test_other_levels_for_the_steps_that_were_evaluated_are_noticed_on_the_same_curve(trained, tmp_path, capsys):
+    curve, file = karras(0.1, 10), tmp_path / "s.json"
+    arguments = ("evaluate", "--model", trained / "model", "--data", trained / "points.npy", "--steps", 2, "--count", 50)
+    arguments = (*arguments, "--seeds", 1, "--schedule", file, "--out", tmp_path / "o")
+    curve.save(file)
+    fewstep(*arguments)
+    dataclasses.replace(curve, grids={3: torch.tensor([1.4, 1.0, 0.1])}).save(file)
+    fewstep(*arguments)  # levels of another number of steps
+    dataclasses.replace(curve, grids={2: torch.tensor([1.4, 0.1])}).save(file)
+    assert "schedule: learned was" in fewstep(*arguments, expect=2, capsys=capsys)
 
 
 def test_a_schedule_by_the_published_cost_from_data_or_from_the_models_own_samples(trained, tmp_path):

@@ -37,7 +37,8 @@ Model = Annotated[str, Parameter(help="A folder of `fewstep train`, a diffusers 
 Out = Annotated[File, Parameter(help="The run folder to make, or to continue.")]
 TensorBoard = Annotated[bool, Parameter(help="Log to OUT/tensorboard as well.", negative=())]
 ScheduleName = Annotated[
-    str, Parameter(help="karras, log_linear, kl_optimal, linear, cosine, a schedule file, or a folder of `fewstep schedule`.")
+    str,
+    Parameter(help="karras, log_linear, kl_optimal, linear, cosine, beta, a schedule file, or a folder of `fewstep schedule`."),
 ]
 
 app = App(

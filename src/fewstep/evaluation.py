@@ -109,7 +109,7 @@ def evaluate(
             denoiser = guided(denoiser, guidance)
         for label, name in labels_of(schedules, "learned").items():
             found = find_schedule(name, denoiser)
-            settings[f"schedule: {label}"] = fingerprint([found.u, found.theta])
+            settings[f"schedule: {label}"] = fingerprint(found.times(denoiser.path, n) for n in steps)
             cells += [
                 (f"{label}, {s}", denoiser, found.times(denoiser.path, n), s, told)
                 for s in solvers
