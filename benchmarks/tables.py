@@ -138,7 +138,8 @@ def images(result: dict | None = None) -> str:
 
         groups: dict[tuple[int, str], list[dict]] = {}
         for row in rows:
-            groups.setdefault((row["evaluations"], row["method"]), []).append(row["at"])
+            free = f" ({row['kept']})" if row.get("kept", "learned") != "learned" else ""  # what the verdict kept instead
+            groups.setdefault((row["evaluations"], row["method"] + free), []).append(row["at"])
         larger = "".join(f"{fd}, {int(n):,} | " for n in more)
         parts += [
             f"**{names[name]}**, {fd} ({model['data']:,} data; classifier: {model['classifier']}, "

@@ -558,13 +558,22 @@ if processes.index == 0:
 """
 
 
-def short_run(processes=dxmi.ALONE) -> FinetuneState:
+def short_run(processes=dxmi.ALONE, **changed) -> FinetuneState:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    state = state_of(iterations=20, density_iterations=10, batch_size=16, velocity_decay=0.99, lr=1e-3)
+    state = state_of(iterations=20, density_iterations=10, batch_size=16, velocity_decay=0.99, **{"lr": 1e-3} | changed)
     for _ in finetune(state, ring().sample(200, torch.Generator().manual_seed(0)), processes=processes):
         pass
     return state
+
+
+def test_in_bfloat16_the_sampler_learns_nearly_what_it_learns_in_float32():
+    def weights(**changed) -> torch.Tensor:
+        return torch.nn.utils.parameters_to_vector(short_run(**changed).sampler.denoiser.parameters()).detach()
+
+    start, plain, rough = weights(lr=1e-12), weights(), weights(bf16=True)
+    assert rough.dtype == torch.float32
+    assert 0 < float((rough - plain).norm()) < 0.2 * float((plain - start).norm())
 
 
 @pytest.mark.timeout(300)
