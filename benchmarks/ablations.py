@@ -124,13 +124,14 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
 
 
 def document(file: Path) -> dict:
-    rows = {(row["row"], row["seed"]): row for row in read_lines(file)}
+    """What needs no training first, then the trained in their order."""
+    rows, order = {(row["row"], row["seed"]): row for row in read_lines(file)}, ["", *TRAINED]
     return {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "samples": COUNT,
         "changed": {name: changed for name, (_, changed) in TRAINED.items()},
-        "rows": list(rows.values()),
+        "rows": sorted(rows.values(), key=lambda row: order.index(row["row"] if row["row"] in TRAINED else "")),
     }
 
 

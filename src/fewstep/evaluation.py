@@ -109,12 +109,9 @@ def evaluate(
             denoiser = guided(denoiser, guidance)
         for label, name in labels_of(schedules, "learned").items():
             found = find_schedule(name, denoiser)
-            settings[f"schedule: {label}"] = fingerprint(found.times(denoiser.path, n) for n in steps)
-            cells += [
-                (f"{label}, {s}", denoiser, found.times(denoiser.path, n), s, told)
-                for s in solvers
-                for n in dict.fromkeys(steps)
-            ]
+            grids = [found.times(denoiser.path, n) for n in dict.fromkeys(steps)]
+            settings[f"schedule: {label}"] = fingerprint(grids)
+            cells += [(f"{label}, {s}", denoiser, times, s, told) for s in solvers for times in grids]
     for label, name in labels_of(samplers, "fine-tuned").items():
         tuned, _ = models.load_sampler(name, device)
         settings[f"sampler: {label}"] = fingerprint(tuned.state_dict().values())
