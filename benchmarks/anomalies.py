@@ -138,7 +138,7 @@ def row_of(digit: int, seed: int, shrink: int) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--digits", type=int, nargs="+", choices=range(10), default=list(range(10)))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a check that everything runs")
     parser.add_argument("--rows", type=Path, help="the file of finished rows; default runs/anomalies.jsonl")
