@@ -272,7 +272,7 @@ def rows() -> list[Row]:
         peer("published, tau 0.1, untrained start", untrained, 0.1),
         Row("paper's start", 5, {"start": start}, functools.partial(of_start, papers)),
         fewstep("fewstep, paper's levels", papers),  # it starts where the data are
-        peer("published, tau 0.1, paper's start", papers, 0.1),
+        *(peer(f"published, tau {tau:g}, paper's start", papers, tau) for tau in (0.1, 0.01, 0.0, 1.0)),
         *(torchebm(name, settings) for name, settings in torchebm2d.ROWS.items()),
     ]
 

@@ -4,6 +4,7 @@
     python benchmarks/schedules.py --digits RUN --mnist DATA --fashion RUN --fashion-data DATA      and networks
     python benchmarks/schedules.py --add ...                            only cells that the JSON lacks; its others stay
     python benchmarks/schedules.py --add --again ...                    all cells, but the fitted peers' errors from the JSON
+    python benchmarks/schedules.py --add --fill ...                     only the peers that cells of the JSON lack
     python benchmarks/schedules.py --draw                               only the summary and the figure, from the rows
 
 RUN: folders of `fewstep train --data digits`, with its defaults, and of `--data fashion-mnist`. DATA: folders with idx
@@ -66,12 +67,15 @@ from tables import schedules
 
 HERE = Path(__file__).parent
 
-BLIND = ("entropic", "entropic_rescaled", "entropic_to_data", "entropic_rescaled_to_data", "ays", "gits_l1", "gits_l2", "oss")
+COSTS = ("entropic", "entropic_rescaled", "corrector", "predictor")
+BLIND = (*COSTS, *(f"{name}_to_data" for name in COSTS), "ays", "gits_l1", "gits_l2", "oss")  # they know no solver
 
 VERDICT_DOUBLINGS = LearnConfig().verdict_doublings
 REDUCED: dict[str, baselines.Peer] = {  # for convolutions on a CPU: at most about 10,000 evaluations each
     "entropic": partial(baselines.entropic, probes=50, draws=32),
     "entropic_rescaled": partial(baselines.entropic, rescaled=True, probes=50, draws=32),
+    "corrector": partial(baselines.score_optimal, probes=50, draws=32),
+    "corrector_to_data": baselines.to_data(partial(baselines.score_optimal, probes=50, draws=32)),
     "ays": partial(baselines.ays, draws=8),
     "gits_l1": partial(baselines.gits, norm=1, noises=64),
     "gits_l2": partial(baselines.gits, norm=2, noises=64),
@@ -291,7 +295,7 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
     spent = {"evaluations": about["curve_evaluations"], "gradients": 0, "seconds": about["curve_seconds"]}
     names = FREE if before else peers.names(model.plan, steps, seed)
     methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}
-    thetas = {name: torch.atan(torch.tensor(m["sigmas"][:-1], dtype=torch.float64)) for name, m in methods.items()}
+    thetas = {name: angles(m["sigmas"]) for name, m in methods.items()}
     both = spent["evaluations"] + about["refine_evaluations"], spent["seconds"] + about["refine_seconds"]
     ours = {
         CURVE: (plain.angles(steps)[:-1], spent),
@@ -300,6 +304,42 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
     for name, (theta, cost) in ours.items():
         thetas[name], methods[name] = theta, cost | {"sigmas": [*digits_of(torch.tan(theta)), 0.0]}
 
+    squares = judge(model, solver, seed, methods, thetas)
+    methods = (before or {}).get("methods", {}) | methods
+    against = {}
+    for label, names in (*((name, (name,)) for name in GUARDED), ("standard", STANDARD), ("free", FREE)):
+        rival = min(names, key=lambda name: float(squares[name].mean()))
+        against[label] = {"rival": rival} | {k: rounded(v) for k, v in ratio(squares[OURS], squares[rival]).items()}
+    return {
+        "model": model.name,
+        "solver": solver,
+        "steps": steps,
+        "seed": seed,
+        "range": [model.low, model.high],
+        "noises": len(model.reference(seed, "test").noise),
+        "ours": about,
+        "against": against,
+        "methods": methods,
+    }
+
+
+def fill_cell(model: Model, seed: int, peers: Peers, before: dict) -> dict | None:
+    """An earlier row with the peers that it lacks, or None where it lacks none."""
+    solver, steps = before["solver"], before["steps"]
+    names = [name for name in peers.names(model.plan, steps, seed) if name not in before["methods"]]
+    if not names:
+        return None
+    methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}
+    judge(model, solver, seed, methods, {name: angles(m["sigmas"]) for name, m in methods.items()})
+    return before | {"range": [model.low, model.high], "methods": before["methods"] | methods}
+
+
+def angles(sigmas: list[float]) -> Tensor:
+    return torch.atan(torch.tensor(sigmas[:-1], dtype=torch.float64))
+
+
+def judge(model: Model, solver: str, seed: int, methods: dict[str, dict], thetas: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the measures on these levels to the methods; returns the squared errors of the noises that none has seen."""
     unseen = model.reference(seed, "test")
     runs = Runs(model.denoiser, solver, unseen.noise, batch_size=model.plan.batch_size)
     first = None  # what the model says at the noisiest level, where nearly all of them start
@@ -323,22 +363,7 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
         methods[name] |= {"rmse": rounded(math.sqrt(float(squares[name].mean()))), "median": rounded(float(root.median()))}
         methods[name] |= {"sw": rounded(sw)}
         methods[name] |= {} if fd is None else {"fd": rounded(fd)}
-    methods = (before or {}).get("methods", {}) | methods
-    against = {}
-    for label, names in (*((name, (name,)) for name in GUARDED), ("standard", STANDARD), ("free", FREE)):
-        rival = min(names, key=lambda name: float(squares[name].mean()))
-        against[label] = {"rival": rival} | {k: rounded(v) for k, v in ratio(squares[OURS], squares[rival]).items()}
-    return {
-        "model": model.name,
-        "solver": solver,
-        "steps": steps,
-        "seed": seed,
-        "range": [model.low, model.high],
-        "noises": len(unseen.noise),
-        "ours": about,
-        "against": against,
-        "methods": methods,
-    }
+    return squares
 
 
 # --- all cells ----------------------------------------------------------------------------------------------------
@@ -367,13 +392,19 @@ def run(args: argparse.Namespace) -> None:
             if seed >= model.plan.seeds and args.seeds is None:
                 continue
             for solver in (s for s in model.plan.solvers if not args.solvers or s in args.solvers):
-                done = {key(row) for row in rows_in(args.rows)} | (set() if args.again else before.keys())
+                done = {key(row) for row in rows_in(args.rows)} | (set() if args.again or args.fill else before.keys())
                 curve = Curve(model, solver, seed)
                 for steps in (n for n in model.plan.steps if not args.steps or n in args.steps):
                     if (name, solver, steps, seed) in done:
                         continue
                     start = time.perf_counter()
-                    row = run_cell(model, solver, steps, seed, curve, peers, before.get((name, solver, steps, seed)))
+                    known = before.get((name, solver, steps, seed))
+                    if args.fill:
+                        row = fill_cell(model, seed, peers, known) if known else None
+                    else:
+                        row = run_cell(model, solver, steps, seed, curve, peers, known)
+                    if row is None:
+                        continue
                     append(args.rows / f"{name}.jsonl", row)
                     best, error = row["against"]["free"], row["methods"][OURS]["rmse"]
                     print(
@@ -409,12 +440,13 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, metavar="ROWS", help="take the peers' levels from these rows, made before")
     parser.add_argument("--add", action="store_true", help="cells of --out, if of the same models, count as finished and stay")
     parser.add_argument("--again", action="store_true", help="with --add: they are run again, but for the fitted peers")
+    parser.add_argument("--fill", action="store_true", help="with --add: only the peers that they lack, at their seeds")
     parser.add_argument("--draw", action="store_true", help="only the summary and the figure")
     parser.add_argument("--no-draw", action="store_true", help="only the rows: another command is at work as well")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    if args.again and not args.add:
-        parser.error("--again goes with --add")
+    if (args.again or args.fill) and not args.add:
+        parser.error("--again and --fill go with --add")
     args.known = json.loads(args.out.read_text()) if args.add and args.out.exists() else {}
     if not args.draw:
         run(args)

@@ -54,9 +54,9 @@ def test_every_peer_gives_a_grid(name, steps):
     assert bool((sigmas.diff() < 0).all())
     assert float(sigmas[-1]) == 0
     assert float(sigmas[-2]) >= LOW - 1e-12
-    model_free = not name.startswith(("entropic", "ays", "gits", "oss", "ld3"))
+    model_free = not name.startswith(("entropic", "corrector", "predictor", "ays", "gits", "oss", "ld3"))
     assert (evaluations == 0) == model_free
-    assert (gradients > 0) == (name == "ld3")
+    assert (gradients > 0) == name.startswith(("ld3", "predictor"))
 
 
 def test_same_seed_same_grid():
@@ -70,6 +70,8 @@ def test_what_each_costs():
     assert fit("gits_l2", p)[1:] == (256 * 60, 0)
     assert fit(partial(oss, levels=20, noises=10), p)[1:] == (10 * (20 + 1 + 19 + 18 + 17 + 16 + 15), 0)
     assert fit("entropic", p)[1:] == (100 * 64, 0)
+    assert fit("corrector", p)[1:] == (2 * 99 * 64, 0)
+    assert fit("predictor", p)[1:] == (3 * 2 * 99 * 64, 3 * 99 * 64)
     one_sweep, look = 5 * 2 * 12 * 2 * 8, 6 * 2 * 64
     assert fit(partial(ays, draws=8, sweeps=1), p)[1:] == (one_sweep + look, 0)
     spent = fit(partial(ld3, noises=30, epochs=3, batch=10, teacher=16), p)

@@ -476,22 +476,18 @@ def test_each_number_of_steps_leaves_when_it_is_decided():
     assert (verdict["steps"]["4"]["noises"], verdict["steps"]["5"]["noises"], verdict["noises"]) == (64, 256, 256)
 
 
-def test_a_stochastic_solver_is_judged_afresh_in_every_round_with_all_its_numbers_of_steps():
+def test_a_stochastic_solver_is_judged_afresh_in_every_round_on_twice_the_noises():
     asked: list = []
-    verdict = settle(GRIDS, errors(1.0, asked=asked), "ancestral", 64, 2)
-    assert asked == [(count, {5: set(GRIDS[5])}) for count in (64, 128, 256)]
-    assert verdict["steps"]["5"]["noises"] == 256
-    sure, unsure, met = errors(0.25, heavy=False), errors(1.0), []
-
-    def both(k: int, count: int, grids: dict) -> tuple[dict, int]:
-        met.append(set(grids))
-        return {n: (sure if n == 4 else unsure)(k, count, {n: grids[n]})[0][n] for n in grids}, count
-
-    settle({4: GRIDS[5], 5: GRIDS[5]}, both, "ancestral", 64, 2)
-    assert met == [{4, 5}] * 3
-    last = errors(1.0)(2, 256, GRIDS)[0][5]["learned"]
-    assert verdict["steps"]["5"]["errors"]["learned"] == pytest.approx(math.sqrt(float(last.mean())), rel=1e-12)
+    squares = errors(1.0, asked=asked)
+    verdict = settle(GRIDS, squares, "ancestral", 64, 2)
+    assert [count for count, _ in asked] == [64, 128, 256]
     assert (verdict["noises"], verdict["evaluations"]) == (256, 64 + 128 + 256)
+    row = verdict["steps"]["5"]
+    last = squares(2, 256, GRIDS)[0][5]
+    for name in ("learned", row["best_free"]):  # of the last round alone
+        assert row["errors"][name] == pytest.approx(math.sqrt(float(last[name].mean())), rel=1e-12)
+    assert row["given_up"]["bad"] == 64
+    assert row["errors"]["bad"] == pytest.approx(math.sqrt(float(squares(0, 64, GRIDS)[0][5]["bad"].mean())), rel=1e-12)
 
 
 def test_an_entrant_that_overflows_leaves_the_race():

@@ -91,8 +91,8 @@ class LearnConfig:
     steps: tuple[Count, ...] = ()
     """Numbers of steps that get refined levels of their own, which pays below about ten; may be repeated."""
     cost: Literal["endpoint", "corrector", "predictor"] | None = None
-    """endpoint: the solver's own error, no data needed; default. corrector: Williams et al. 2024, blind to the solver, default
-    for stochastic ones. predictor: the same paper's, for euler and heun; differentiates the network."""
+    """endpoint: the error of the solver, if need be without the noise that it draws; no data needed; default. corrector:
+    Williams et al. 2024, blind to the solver. predictor: the same paper's, for euler and heun; differentiates the network."""
     noises: Annotated[int, Field(ge=64)] = 128
     """Noises whose endpoints are compared."""
     budget: Count = 15_000
@@ -101,8 +101,8 @@ class LearnConfig:
     """Fresh noises for the verdict."""
     verdict_doublings: Annotated[int, Field(ge=0)] = 4
     """How often that number is doubled where they do not decide. A noise costs 96 evaluations and at first some 15 runs per
-    number of steps, later as many as there are schedules that may still be the best. Stochastic solvers are judged afresh each
-    time, on all of them."""
+    number of steps, later as many as there are schedules that may still be the best; a stochastic solver takes five times as
+    many runs, on all noises afresh each time."""
     probes: Annotated[int, Field(ge=3)] = 100
     """Published costs: levels at which the cost is probed."""
     draws: Annotated[int, Field(ge=4)] = 64

@@ -53,9 +53,13 @@ def local_error_order(solver: str) -> int:
     return min(ORDER[solver], 2)
 
 
-def require_deterministic(solver: str) -> None:
+def require_solver(solver: str) -> None:
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+
+
+def require_deterministic(solver: str) -> None:
+    require_solver(solver)
     if solver in STOCHASTIC:
         raise ValueError(f"{solver} has no end to compare: it draws noise; choose a deterministic solver, such as dpmpp_2m")
 

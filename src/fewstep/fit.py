@@ -36,7 +36,7 @@ from fewstep.commands import (
 from fewstep.config import Condition, LearnConfig, Source
 from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
-from fewstep.endpoint import Reference, deal, ignore, level_range, reference, require_deterministic
+from fewstep.endpoint import Reference, deal, ignore, level_range, reference
 from fewstep.learn import learn_schedule
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
@@ -109,11 +109,10 @@ def fit(
 ) -> tuple[File, Schedule]:
     """Learn the model's schedule into out/schedule.json, guarded and with its verdict; a killed run goes on with its stage."""
     config = dataclasses.replace(config, steps=tuple(sorted(set(config.steps))))
-    cost = config.cost or ("corrector" if config.solver in STOCHASTIC else "endpoint")
+    cost = config.cost or "endpoint"
     if config.steps and cost != "endpoint":
         raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave --steps out")
     if cost == "endpoint":
-        require_deterministic(config.solver)
         require_budget(config.solver, config.steps, config.budget, config.noises)
     if cost == "predictor" and config.solver not in PREDICTOR_ORDERS:
         raise ValueError(f"cost 'predictor' needs a solver among {', '.join(PREDICTOR_ORDERS)}, got {config.solver!r}")

@@ -29,7 +29,6 @@ from fewstep.endpoint import level_range, reference
 from fewstep.path import VE
 from fewstep.refine import BUDGET
 from fewstep.schedule import Schedule, from_costs, log_linear, step_lengths
-from fewstep.solvers import STOCHASTIC
 from fewstep.tailor import NOISES, draw_noise, tailor
 
 ROUNDS = 3  # of the predictor's cost: its unevenness is then below 1 % on exact scores
@@ -59,8 +58,8 @@ def learn_schedule(
 ) -> Schedule:
     """Learn where the steps go, by score evaluations.
 
-    cost: "endpoint" (default where a deterministic solver is given: see `tailor`), "corrector" (default otherwise) or
-    "predictor" (solver euler or heun; the only one that differentiates the network).
+    cost: "endpoint" (default where a solver is given: see `tailor`), "corrector" (default otherwise) or "predictor" (solver
+    euler or heun; the only one that differentiates the network).
     x0: data (n, *d) in the model's scale, on its device, for the published costs; without, the model's own samples.
     steps: numbers of steps that get refined levels of their own; needs cost "endpoint".
     cond: rows are dealt out to the noises, or belong to the data, one each. shape: of one sample, where neither the
@@ -68,12 +67,12 @@ def learn_schedule(
     The result's provenance tells how it came about and what it cost.
     """
     if cost is None:
-        cost = "endpoint" if solver is not None and solver not in STOCHASTIC else "corrector"
+        cost = "corrector" if solver is None else "endpoint"
     form = shape or (tuple(x0.shape[1:]) if x0 is not None else None)
     about: dict[str, Any] = {"cond": cond, "sigma_min": sigma_min, "sigma_max": sigma_max, "batch_size": batch_size}
     if cost == "endpoint":
-        if solver is None or solver in STOCHASTIC:
-            raise ValueError(f"cost 'endpoint' needs a deterministic solver, such as dpmpp_2m; got {solver!r}")
+        if solver is None:
+            raise ValueError("cost 'endpoint' needs a solver, such as dpmpp_2m")
         where = str(x0.device) if x0 is not None else device
         about |= {"shape": form, "noises": noises, "budget": budget, "generator": generator, "device": where}
         return tailor(denoiser, solver, steps, **about)

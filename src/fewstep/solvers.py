@@ -228,7 +228,8 @@ ORDER: dict[str, int] = {
     "ancestral": 1,
     "dpmpp_2m_sde": 2,
 }
-STOCHASTIC: frozenset[str] = frozenset({"ancestral", "dpmpp_2m_sde"})
+NOISELESS: dict[str, str] = {"ancestral": "euler", "dpmpp_2m_sde": "dpmpp_2m"}  # the same solver without the noise it draws
+STOCHASTIC: frozenset[str] = frozenset(NOISELESS)
 
 
 def evaluations_of(solver: str, steps: int) -> int:

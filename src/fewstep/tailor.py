@@ -6,7 +6,8 @@
 3. `refine`: below about ten steps no curve is right for all numbers, so each number asked for gets its own levels.
 
 Nothing differentiates the network. The curve costs at most `budget` evaluations, and every refined number as much again.
-A stochastic solver has no endpoint to compare, so its curve comes from `learn.learn_by_cost`.
+A stochastic solver has no endpoint to compare. Its levels are those of the same solver without the noise (`NOISELESS`): what
+a step gets wrong is the same, the bending of the model's belief, while the noise is right on any levels.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from fewstep.endpoint import (
     local_error_order,
     mean_square,
     reference,
-    require_deterministic,
+    require_solver,
 )
 from fewstep.free import free_schedules
 from fewstep.refine import BUDGET, bounds_of, descend, noises_for, refine
 from fewstep.schedule import Schedule, bend, from_costs, unbend
-from fewstep.solvers import evaluations_of
+from fewstep.solvers import NOISELESS, evaluations_of
 
 NOISES, LEVELS = 128, 48
 DAMPING = 0.05  # share of the mean length in every step of the curve of equal local error
@@ -108,7 +109,7 @@ def fit_curve(
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
 ) -> Schedule:
-    """The best curve for a deterministic solver, within `budget` evaluations (twice that where each is two by guidance), the
+    """The best curve for a solver, within `budget` evaluations (twice that where each is two by guidance), the
     reference's included.
 
     Its provenance holds the errors of all the curves that competed, the split-half error of the learned one and the
@@ -123,9 +124,10 @@ def fit_curve(
     judged, moved = shares(solver, len(known.noise), left // denoiser.evaluations)
     held = len(known.noise) // 4
     rows = torch.arange(len(known.noise))
-    judge = Runs(denoiser, solver, known.noise[:judged], deal(cond, rows[:judged]), batch_size, tick)
+    quiet = NOISELESS.get(solver, solver)
+    judge = Runs(denoiser, quiet, known.noise[:judged], deal(cond, rows[:judged]), batch_size, tick)
     fitted = slice(held, held + moved)
-    fit = Runs(denoiser, solver, known.noise[fitted], deal(cond, rows[fitted]), batch_size, tick)
+    fit = Runs(denoiser, quiet, known.noise[fitted], deal(cond, rows[fitted]), batch_size, tick)
 
     def errors(curve: Schedule) -> list[float]:
         return [math.sqrt(mean_square(judge, curve.angles(n)[:-1], known.ends[:judged])) for n in TRIED_AT]
@@ -177,7 +179,7 @@ def refine_steps(
     starts |= {plain.name: plain, "the curve": replace(schedule, grids={})}
     found = refine(
         denoiser,
-        solver,
+        NOISELESS.get(solver, solver),
         steps,
         known,
         starts,
@@ -206,8 +208,8 @@ def tailor(
     generator: torch.Generator | None = None,
     device: str = "cpu",
 ) -> Schedule:
-    """All of it, for a deterministic solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`."""
-    require_deterministic(solver)
+    """All of it, for a solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`."""
+    require_solver(solver)
     require_budget(solver, steps, budget, noises)
     noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
     low, high = level_range(denoiser, sigma_min, sigma_max)

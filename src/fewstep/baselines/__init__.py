@@ -8,6 +8,7 @@
     beta                                                                Lee et al. 2024
     dmn                                                                 Xue et al. 2024
     entropic, entropic_rescaled     denoiser, x0, generator             Stancevic et al. 2025
+    corrector, predictor            denoiser, x0, generator             Williams et al. 2024
     ays                             denoiser, x0, generator             Sabour et al. 2024
     gits_l1, gits_l2                denoiser, noise                     Chen et al. 2024
     oss                             denoiser, noise                     Pei et al. 2025
@@ -17,8 +18,9 @@ Everything happens on the VE path, where a level is sigma and Euler's direction 
 "cosine" is kl_optimal, so it is not listed twice.
 
 Every grid of N steps ends in exact data. EDM's way is to put N levels, the last of them sigma_min, before it: so do the
-curves (named schedules, beta, entropic). Papers whose N steps end at sigma_min (dmn, ays, gits, oss, ld3) ask the model at
-N levels and not at that last one, which here becomes 0. A curve can be read in this second way too: `karras_to_data`, ...
+curves (named schedules, beta, entropic, corrector, predictor). Papers whose N steps end at sigma_min (dmn, ays, gits, oss,
+ld3) ask the model at N levels and not at that last one, which here becomes 0. A curve can be read in this second way too:
+`karras_to_data`, ...
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from fewstep.baselines.denoising import ays, entropic, klub
 from fewstep.baselines.endpoint import ld3
 from fewstep.baselines.free import dmn, named, to_data
 from fewstep.baselines.problem import Counted, Fit, Peer, Problem
+from fewstep.baselines.score_optimal import score_optimal
 from fewstep.baselines.teacher import cheapest, gits, oss
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "klub",
     "ld3",
     "oss",
+    "score_optimal",
     "to_data",
 ]
 
@@ -62,6 +66,8 @@ CURVES: dict[str, Peer] = {
     "beta": named(schedule.beta),
     "entropic": entropic,
     "entropic_rescaled": partial(entropic, rescaled=True),
+    "corrector": score_optimal,
+    "predictor": partial(score_optimal, cost="predictor"),
 }
 PEERS: dict[str, Peer] = {
     **CURVES,
