@@ -475,6 +475,23 @@ def test_the_predictors_cost(solver, mine, tmp_path, capsys):
     assert set(about["verdict"]["steps"]) == {"6", "10"}
 
 
+# --- image to image -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral"])
+def test_levels_for_image_to_image_begin_where_they_were_asked_to_and_are_checked_there(solver, mine, seen, tmp_path, capsys):
+    options = ("--solver", solver, "--start", 1.5, "--steps", 3)
+    small = ("--noises", 64, "--budget", 8000, "--verdict-noises", 8)
+    schedule(capsys, mine(), tmp_path / "o", *options, small=small)
+    learned = Schedule.load(tmp_path / "o" / "schedule.json")
+    about = learned.provenance
+    assert [float(torch.tan(learned.angles(n)[0])) for n in (3, 7)] == pytest.approx([1.5, 1.5])
+    assert seen.samples == spent(about) + 1
+    assert "against_default" not in about["verdict"]["steps"]["3"]  # the model's own levels begin elsewhere
+    out, _ = fewstep(capsys, "schedule", "--check", tmp_path / "o", "--model", mine(), *SMALL)
+    assert "keep" in out
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -524,6 +541,8 @@ MISTAKES = {
     "levels beyond the model": ("exact", "--sigma-max 200", "beyond the model's noisiest level", "--sigma-max 10"),
     "no shape": ("shapeless", "", "--shape", "--shape 2"),
     "another shape": ("exact", "--shape 3", "shape", "--shape 2"),
+    "pictures that are noise": ("exact", "--start 100 --budget 8000", "starts between", ""),
+    "pictures and a published cost": ("exact", "--start 1 --cost corrector", "leave --start out", "--cost corrector"),
     "no steps at all": ("exact", "--steps 0", "greater than or equal to 1", None),
 }
 

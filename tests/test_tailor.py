@@ -9,13 +9,14 @@ from scipy.integrate import quad
 
 from counting import Counting
 from fewstep.denoiser import Denoiser, Guided, Pretrained
-from fewstep.endpoint import Runs, mean_square, reference, squared_errors
+from fewstep.endpoint import MIDWAY_STEPS, Midway, Runs, mean_square, reference, squared_errors
+from fewstep.export import sub_range
 from fewstep.free import free_schedules
 from fewstep.learn import learn_by_cost
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Tabulated
-from fewstep.schedule import Schedule, karras
+from fewstep.schedule import Schedule, karras, log_linear
 from fewstep.solvers import STOCHASTIC, evaluations_of, solve
 from fewstep.tailor import DAMPING, TRIED_AT, curve_of, fit_curve, refine_steps, split_half_error, tailor, through
 
@@ -335,6 +336,67 @@ def test_a_stochastic_solvers_samples_are_nearer_to_the_data_on_its_levels_than_
     ours = tailor(model, solver, [5])
     assert distance(ours) < 0.5 * distance(learn_by_cost(model, data, generator=seeded(0)))
     assert distance(ours) < 0.8 * distance(karras(0.02, 40.0))
+
+
+# --- image to image ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [VE(0.02, 40.0), Linear(), VP()], ids=["VE", "Linear", "VP"])
+def test_pictures_begin_where_the_ode_takes_noise(path):
+    # of N(0, s^2) in closed form: x/alpha grows as sqrt(s^2 + sigma^2)
+    std, start, z = 0.5, 0.7, noise(50)
+    model = Counting(Mixture(torch.zeros(1, 2), std, path=path))
+    begun = Midway(model, start)
+    states, evaluations = begun.states(z)
+    high = math.inf if path.ends_in_pure_noise() else path.sigma_max
+    grown = math.sqrt(std**2 + start**2) * (1.0 if high == math.inf else high / math.hypot(std, high))
+    assert torch.allclose(begun.path.start_from(states, 1.0), grown * z, rtol=0.01)
+    assert evaluations == model.samples == 50 * MIDWAY_STEPS
+
+
+def from_pictures(solver: str, schedules: dict[str, Schedule], start: float, steps: int) -> dict[str, float]:
+    """Endpoint errors from 1,000 data with noise of level start, none of which any fit has seen."""
+    model = ring(path=VE(0.02, 40.0))
+    x = model.sample(1000, seeded(5), torch.float64) + start * noise(1000)
+
+    def end(schedule: Schedule, solver: str, steps: int) -> torch.Tensor:
+        times = schedule.times(model.path, steps)
+        assert float(torch.tan(schedule.angles(steps)[0])) == pytest.approx(start, rel=1e-9)
+        return solve(model, x, times, solver).x
+
+    exact = end(log_linear(0.02, start), "unipc", 200)
+    return {k: float((end(s, solver, steps) - exact).square().mean().sqrt()) for k, s in schedules.items()}
+
+
+@pytest.mark.parametrize(("solver", "start", "gain"), [("dpmpp_2m", 1.0, 0.5), ("unipc", 3.0, 0.7)])
+def test_levels_from_pictures_beat_every_free_schedule_and_the_cut_curve(solver, start, gain):
+    model = ring(path=VE(0.02, 40.0))
+    ours = tailor(model, solver, [5], start=start, generator=seeded(0))
+    assert ours.provenance["start"] == start
+    assert ours.made_for() == pytest.approx((0.02, start))
+    free = free_schedules(0.02, start, [5])
+    cut = sub_range(tailor(model, solver, generator=seeded(0)), sigma=start)
+    errors = from_pictures(solver, free | {"ours": ours, "cut": cut}, start, 5)
+    best = min(error for name, error in errors.items() if name in free)
+    assert errors["ours"] < gain * best
+    assert errors["ours"] < gain * errors["cut"]
+
+
+@pytest.mark.parametrize("path", [VE(), Linear()], ids=["VE", "Linear"])
+@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m"])
+def test_levels_from_pictures_keep_to_the_budget_and_are_counted_truly(solver, path):
+    model = Undifferentiated(ring(path=path))
+    about = tailor(model, solver, [3], start=2.0).provenance
+    assert model.samples == about["evaluations"] + about["refined"]["3"]["evaluations"]
+    assert about["evaluations"] <= 15_000
+
+
+@pytest.mark.parametrize("start", [0.001, 80.0, math.nan])
+def test_pictures_cannot_begin_outside_of_the_models_levels(start):
+    model = Undifferentiated(ring(path=VE(0.002, 80.0)))
+    with pytest.raises(ValueError, match="image to image starts between"):
+        tailor(model, "euler", start=start)
+    assert model.samples == 0
 
 
 # --- what is known not to work ----------------------------------------------------------------------------------------

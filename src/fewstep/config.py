@@ -113,6 +113,8 @@ class LearnConfig:
     """Cleanest level, as sigma/alpha; the model's own if not given."""
     sigma_max: Positive | None = None
     """Noisiest level, as sigma/alpha; the model's own if not given."""
+    start: Positive | None = None
+    """Image to image: the level, as sigma/alpha, that pictures are noised to; the schedule goes from there to data."""
     batch_size: Count = 512
     """Samples per call of the network."""
     seed: int = 0

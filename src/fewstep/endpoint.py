@@ -11,6 +11,8 @@ steps h in log sigma replaces D by a polynomial through p points, so on the VE p
 
 (for p = 2 there is a smaller term in the first derivative, which is left out). Its mean square is a cost of order 2(p+1),
 whose equalised curve spreads the local error evenly over a grid's steps.
+
+Image to image starts from pictures with noise instead, at some level on the way: `Midway`.
 """
 
 from __future__ import annotations
@@ -22,19 +24,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Cond, Denoiser
-from fewstep.path import HALF_PI, as_time
+from fewstep.denoiser import Cond, Denoiser, OnPath
+from fewstep.path import HALF_PI, VE, as_time
 from fewstep.schedule import log_linear
-from fewstep.solvers import ORDER, SOLVERS, STOCHASTIC
+from fewstep.solvers import ORDER, SOLVERS, STOCHASTIC, solve
 
 REFERENCE_SOLVER = "unipc"  # of the solvers here the nearest to the end at 64 levels, on mixtures and digits
+MIDWAY_STEPS = 12  # from noise to where image to image begins
 MEMORY = 2**26  # numbers of the reference's trajectories held at once
 Log = list[tuple[float, Tensor]]
 
 
 class Reference(NamedTuple):
-    """noise (m, *d): standard normal; ends (m, *d): where the ODE takes it; theta (k,): the levels; bending[p - 1] (k - p, m):
-    the squared norm of D's p-th difference quotient in log sigma, p = 1, 2."""
+    """noise (m, *d): standard normal, or what stands for it (`Midway`); ends (m, *d): where the ODE takes it; theta (k,): the
+    levels; bending[p - 1] (k - p, m): the squared norm of D's p-th difference quotient in log sigma, p = 1, 2."""
 
     noise: Tensor
     ends: Tensor
@@ -119,6 +122,35 @@ class Runs:
         return x, log
 
 
+class Midway(OnPath):
+    """The same model from the level `start` down, where image to image begins: its runs start from pictures with noise.
+
+    Noised pictures are distributed as the ODE's states at that level are, so no data are needed. A run's first level is
+    always `start`: what begins there cannot be rescaled.
+    """
+
+    def __init__(self, denoiser: Denoiser, start: float, sigma_min: float | None = None, sigma_max: float | None = None):
+        low, self.noisiest = level_range(denoiser, sigma_min, sigma_max)
+        if not low < start < self.noisiest:
+            raise ValueError(
+                f"image to image starts between the model's cleanest and noisiest level, {low:g} and {self.noisiest:g}; "
+                f"got {start:g}"
+            )
+        super().__init__(denoiser, VE(low, start))
+        self.default_levels = None
+
+    @torch.no_grad()
+    def states(self, noise: Tensor, cond: Cond = None) -> tuple[Tensor, int]:
+        """Where the ODE takes standard normal noise (b, *d) until the level `start`, over `start`, so that the path's
+        `start_from` gives it back; and the evaluations."""
+        inner, start = self.denoiser, self.path.sigma_max
+        pure = inner.path.ends_in_pure_noise()
+        theta = log_linear(start, self.noisiest).angles(MIDWAY_STEPS + 1 - pure)[:-1]
+        times = inner.path.time(torch.cat([as_time([HALF_PI]), theta]) if pure else theta)
+        done = solve(inner, inner.path.start_from(noise, times[0]), times, REFERENCE_SOLVER, cond=cond)
+        return done.x / float(inner.path.sigma(times[-1])), done.evaluations * len(noise)
+
+
 def squared_errors(x: Tensor, ends: Tensor) -> Tensor:
     """Mean square difference per dimension of each sample: (m,), float64."""
     return ((x - ends).double() ** 2).flatten(1).mean(1).cpu()
@@ -128,6 +160,11 @@ def mean_square(runs: Runs, theta: Tensor, ends: Tensor) -> float:
     """The square of the endpoint error on these levels; infinite where the solver overflows."""
     error = float(squared_errors(runs(theta)[0], ends).mean())
     return error if math.isfinite(error) else math.inf
+
+
+def steps_of_reference(denoiser: Denoiser, levels: int) -> int:
+    """How often a reference of so many levels asks the model about one noise."""
+    return levels + (MIDWAY_STEPS if isinstance(denoiser, Midway) else 0)
 
 
 @torch.no_grad()
@@ -142,18 +179,24 @@ def reference(
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
 ) -> Reference:
-    """Follow the ODE from standard normal noise (m, *d) on `levels` log-uniform levels: m `levels` evaluations."""
+    """Follow the ODE from standard normal noise (m, *d) on `levels` log-uniform levels: m evaluations for each,
+    and for each of MIDWAY_STEPS to where a `Midway` begins."""
     sigma_min, sigma_max = level_range(denoiser, sigma_min, sigma_max)
     theta = log_linear(sigma_min, sigma_max).angles(levels)[:-1]
     grid = torch.cat([as_time([HALF_PI]), theta]) if denoiser.path.ends_in_pure_noise() else theta
     h = math.log(sigma_max / sigma_min) / (levels - 1)
     chunk = max(1, min(batch_size, MEMORY // (levels * noise[0].numel())))
-    ends, bending, evaluations = [], [], 0
+    starts, ends, bending, evaluations = [], [], [], 0
     for rows in torch.arange(len(noise)).split(chunk):
-        given = deal(cond, rows)
-        runs = Runs(denoiser, REFERENCE_SOLVER, noise[rows.to(noise.device)], given, batch_size, tick)
+        given, first = deal(cond, rows), noise[rows.to(noise.device)]
+        if isinstance(denoiser, Midway):
+            first, spent = denoiser.states(first, given)
+            evaluations += spent
+            tick(spent)
+        runs = Runs(denoiser, REFERENCE_SOLVER, first, given, batch_size, tick)
         x, log = runs(grid)
         evaluations += runs.evaluations
+        starts.append(first)
         ends.append(x)
         slope = torch.stack([belief for _, belief in log[-levels:]]).flatten(2).double().diff(dim=0) / h
         bending.append([(slope**2).sum(-1).cpu(), ((slope.diff(dim=0) / h) ** 2).sum(-1).cpu()])
@@ -163,7 +206,7 @@ def reference(
         raise ValueError(
             "the model's trajectories are not finite; check it with `fewstep sample --steps 64`, or raise sigma_min"
         )
-    return Reference(noise, x, theta, (first, second), evaluations)
+    return Reference(torch.cat(starts), x, theta, (first, second), evaluations)
 
 
 def local_error_costs(bending: tuple[Tensor, Tensor], order: int) -> Tensor:

@@ -36,7 +36,7 @@ from fewstep.commands import (
 from fewstep.config import Condition, LearnConfig, Source
 from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
-from fewstep.endpoint import Reference, deal, ignore, level_range, reference
+from fewstep.endpoint import Midway, Reference, deal, ignore, level_range, reference, steps_of_reference
 from fewstep.learn import learn_schedule
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
@@ -113,7 +113,9 @@ def fit(
     if config.steps and cost != "endpoint":
         raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave --steps out")
     if cost == "endpoint":
-        require_budget(config.solver, config.steps, config.budget, config.noises)
+        require_budget(config.solver, config.steps, config.budget, config.noises, config.start)
+    if config.start is not None and cost != "endpoint":
+        raise ValueError(f"only cost 'endpoint' learns levels for image to image, not {cost!r}; leave --start out")
     if cost == "predictor" and config.solver not in PREDICTOR_ORDERS:
         raise ValueError(f"cost 'predictor' needs a solver among {', '.join(PREDICTOR_ORDERS)}, got {config.solver!r}")
     denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
@@ -130,7 +132,10 @@ def fit(
             raise ValueError(
                 f"the conditions have {len(next(iter(cond.values())))} rows for {len(x0)} data; give one each, or no data"
             )
-    low, high = level_range(denoiser, config.sigma_min, config.sigma_max)
+    sigma_max = config.sigma_max
+    if config.start is not None:
+        denoiser, sigma_max = Midway(denoiser, config.start, config.sigma_min, config.sigma_max), None
+    low, high = level_range(denoiser, config.sigma_min, sigma_max)
     if not (File(out) / SCHEDULE).exists():
         require_answer(denoiser, form, cond, device)
     folder = open_run(out, "schedule", settings | {"shape": list(form)})
@@ -185,9 +190,10 @@ def _tailored(
     noise = draw_noise(config.noises, form, torch.Generator().manual_seed(config.seed), device)
     if (folder / REFERENCE).exists():
         stored = load_tree(folder / REFERENCE)
-        known = Reference(**stored | {"noise": noise, "ends": stored["ends"].to(device), "bending": tuple(stored["bending"])})
+        there = {k: stored[k].to(device) for k in ("noise", "ends")}
+        known = Reference(**stored | there | {"bending": tuple(stored["bending"])})
     else:
-        with meter(config.noises * LEVELS * denoiser.evaluations, "reference") as tick:
+        with meter(config.noises * steps_of_reference(denoiser, LEVELS) * denoiser.evaluations, "reference") as tick:
             known = reference(denoiser, noise, levels=LEVELS, sigma_min=ends[0], sigma_max=ends[1], tick=tick, **about)
         save_tree(folder / REFERENCE, known._asdict())
     if (folder / DRAFT).exists():
@@ -223,7 +229,10 @@ def judged_afresh(
         noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN * (k + 1)), device)
         met = 0 if stochastic or k == 0 else count  # earlier rounds have dealt out this many conditions
         given = {name: v.roll(-met, 0) for name, v in about["cond"].items()} if about["cond"] else None
-        with meter(count * (FINE + runs) * denoiser.evaluations, f"verdict, round {k + 1}: {count} noises") as tick:
+        with meter(
+            count * (steps_of_reference(denoiser, FINE) + runs) * denoiser.evaluations,
+            f"verdict, round {k + 1}: {count} noises",
+        ) as tick:
             dealt = {**about, "cond": given, "tick": tick}
             known = reference(denoiser, noise, levels=FINE, sigma_min=ends[0], sigma_max=ends[1], **dealt)
             found, spent = squares_of(denoiser, solver, open_, known, **dealt)
@@ -247,6 +256,8 @@ def check(
     if before is None:
         raise ValueError(f"{file} has no verdict to compare with; make it with `fewstep schedule`")
     denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
+    if (start := schedule.provenance.get("start")) is not None:
+        denoiser = Midway(denoiser, start, schedule.made_for()[0])
     steps = [int(n) for n in before["steps"]]
     about: dict[str, Any] = {"cond": cond, "batch_size": config.batch_size}
     form = shape_of(denoiser, shape)

@@ -45,6 +45,7 @@ def learn_schedule(
     cond: Mapping[str, Tensor] | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    start: float | None = None,
     batch_size: int = 512,
     generator: torch.Generator | None = None,
     shape: Sequence[int] | None = None,
@@ -62,6 +63,7 @@ def learn_schedule(
     euler or heun; the only one that differentiates the network).
     x0: data (n, *d) in the model's scale, on its device, for the published costs; without, the model's own samples.
     steps: numbers of steps that get refined levels of their own; needs cost "endpoint".
+    start: image to image, from pictures with noise of this level (sigma/alpha) on; needs cost "endpoint".
     cond: rows are dealt out to the noises, or belong to the data, one each. shape: of one sample, where neither the
     model nor x0 says it. noises, budget: see `tailor`. probes, draws, tolerance: see `learn_by_cost`.
     The result's provenance tells how it came about and what it cost.
@@ -75,7 +77,9 @@ def learn_schedule(
             raise ValueError("cost 'endpoint' needs a solver, such as dpmpp_2m")
         where = str(x0.device) if x0 is not None else device
         about |= {"shape": form, "noises": noises, "budget": budget, "generator": generator, "device": where}
-        return tailor(denoiser, solver, steps, **about)
+        return tailor(denoiser, solver, steps, start=start, **about)
+    if start is not None:
+        raise ValueError(f"only cost 'endpoint' learns levels for image to image, not {cost!r}; leave start out")
     if steps:
         raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave steps out")
     spent = 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.endpoint import Log, Reference, Runs, deal, ignore, mean_square
+from fewstep.endpoint import Log, Midway, Reference, Runs, deal, ignore, mean_square
 from fewstep.schedule import Schedule, bend, unbend
 from fewstep.solvers import evaluations_of
 
@@ -59,10 +59,11 @@ class Bounds(NamedTuple):
 
 def bounds_of(denoiser: Denoiser, theta: Tensor) -> Bounds:
     """From the first to the last of the levels theta. The first level may move on a VE path only: there every runtime starts
-    from that level's own noise."""
+    from that level's own noise. Pictures have the noise that they have."""
     path = denoiser.path
     first = path.angle(1.0) if path.ends_in_pure_noise() else theta[0]
-    return Bounds(float(bend(theta[-1])), float(bend(first)), free_start=float(path.alpha(1.0)) == 1.0)
+    free_start = float(path.alpha(1.0)) == 1.0 and not isinstance(denoiser, Midway)
+    return Bounds(float(bend(theta[-1])), float(bend(first)), free_start)
 
 
 def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int) -> tuple[Tensor, float]:

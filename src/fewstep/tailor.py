@@ -21,6 +21,8 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser, shape_of
 from fewstep.endpoint import (
+    MIDWAY_STEPS,
+    Midway,
     Reference,
     Runs,
     deal,
@@ -74,8 +76,10 @@ def through(theta: Tensor, like: Schedule) -> Schedule:
     return Schedule(u, torch.cat([theta, end]), f"through {len(theta)} refined levels", like.pure_noise, to_data=True)
 
 
-def shares(solver: str, noises: int, left: int) -> tuple[int, int]:
-    """How many noises the curves compete on, and how many the levels of the last are fitted to, for `left` evaluations."""
+def shares(solver: str, noises: int, budget: int, spent: int) -> tuple[int, int]:
+    """How many noises the curves compete on, and how many the levels of the last are fitted to, for a budget of which the
+    reference has spent so much."""
+    left = budget - spent
     held, each = noises // 4, sum(evaluations_of(solver, n) for n in TRIED_AT) * (len(CONTENDERS) + 2)
     moving = evaluations_of(solver, MIDDLING) * (MIDDLING + 21) // 2
     judged = min(held, max(0, int(0.6 * left)) // each)
@@ -83,17 +87,17 @@ def shares(solver: str, noises: int, left: int) -> tuple[int, int]:
     if held < AT_LEAST:
         raise ValueError(f"{noises} noises are too few to fit a curve; want at least {4 * AT_LEAST}")
     if min(judged, moved) < AT_LEAST:
-        spent, least = noises * LEVELS, math.ceil(AT_LEAST * max(each / 0.6, each + moving)) + AT_LEAST
+        least = math.ceil(AT_LEAST * max(each / 0.6, each + moving)) + AT_LEAST
         raise ValueError(
-            f"{left + spent} evaluations are too few to fit a curve, of which the reference takes {spent}: "
+            f"{budget} evaluations are too few to fit a curve, of which the reference takes {spent}: "
             f"want about {spent + least}, or fewer noises"
         )
     return judged, moved
 
 
-def require_budget(solver: str, steps: Sequence[int], budget: int, noises: int) -> None:
+def require_budget(solver: str, steps: Sequence[int], budget: int, noises: int, start: float | None = None) -> None:
     """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
-    shares(solver, noises, budget - noises * LEVELS)
+    shares(solver, noises, budget, noises * (LEVELS + (MIDWAY_STEPS if start is not None else 0)))
     starts = len(free_schedules(0.1, 1.0)) + 2
     for n in steps:
         noises_for(solver, n, starts + (n > 1), budget)  # and DMN's
@@ -121,7 +125,7 @@ def fit_curve(
     free = free_schedules(sigma_min, sigma_max, pure_noise=pure_noise)
     curves = {learned.name: learned} | {name: free[name] for name in CONTENDERS}
     left = budget * denoiser.evaluations - known.evaluations
-    judged, moved = shares(solver, len(known.noise), left // denoiser.evaluations)
+    judged, moved = shares(solver, len(known.noise), budget, known.evaluations // denoiser.evaluations)
     held = len(known.noise) // 4
     rows = torch.arange(len(known.noise))
     quiet = NOISELESS.get(solver, solver)
@@ -149,6 +153,7 @@ def fit_curve(
         "solver": solver,
         "order": 2 * (local_error_order(solver) + 1),
         "learned_on": repr(denoiser.path),
+        "start": denoiser.path.sigma_max if isinstance(denoiser, Midway) else None,
         "sigma_min": sigma_min,
         "sigma_max": sigma_max,
         "noises": len(known.noise),
@@ -202,16 +207,22 @@ def tailor(
     noises: int = NOISES,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    start: float | None = None,
     cond: Mapping[str, Tensor] | None = None,
     budget: int = BUDGET,
     batch_size: int = 512,
     generator: torch.Generator | None = None,
     device: str = "cpu",
 ) -> Schedule:
-    """All of it, for a solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`."""
+    """All of it, for a solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`.
+
+    start: the level at which image to image begins (`Midway`), whose levels go from there to data.
+    """
     require_solver(solver)
-    require_budget(solver, steps, budget, noises)
+    require_budget(solver, steps, budget, noises, start)
     noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
+    if start is not None:
+        denoiser, sigma_max = Midway(denoiser, start, sigma_min, sigma_max), None
     low, high = level_range(denoiser, sigma_min, sigma_max)
     known = reference(denoiser, noise, cond, levels=LEVELS, sigma_min=low, sigma_max=high, batch_size=batch_size)
     schedule = fit_curve(denoiser, solver, known, cond=cond, budget=budget, batch_size=batch_size)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.endpoint import Reference, Runs, deal, ignore, squared_errors
+from fewstep.endpoint import Midway, Reference, Runs, deal, ignore, squared_errors
 from fewstep.free import free_schedules
 from fewstep.metrics import sliced_wasserstein
 from fewstep.schedule import Schedule
@@ -159,7 +159,8 @@ def _weak(
     def distance(theta: Tensor, repetition: int) -> float:
         nonlocal spent
         g, times = torch.Generator().manual_seed(seed + repetition), torch.cat([denoiser.path.time(theta), theta.new_zeros(1)])
-        start = denoiser.path.start(len(known.noise), known.noise.shape[1:], g, times[0], device=known.noise.device)
+        fresh = torch.randn(known.noise.shape, generator=g, dtype=known.noise.dtype).to(known.noise.device)
+        start = denoiser.path.start_from(known.noise if isinstance(denoiser, Midway) else fresh, times[0])
         ends = []
         for rows in torch.arange(len(start)).split(batch_size):
             try:
