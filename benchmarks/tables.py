@@ -248,7 +248,7 @@ def uses(result: dict | None = None) -> str:
         f"**Other uses** (`python benchmarks/uses.py`, {result['date']}, geometric means over {STEPS_OF_USES}, three seeds). "
         "Of stochastic solvers the sliced Wasserstein distance to data, else the endpoint error:",
         "",
-        "| use | model | cells | fewstep / best free schedule's | fewstep / Karras' | published curve / best free | "
+        "| use | model | cells | fewstep / best free schedule's | fewstep / Karras' | published curve (or cut) / best free | "
         "fewstep's cells: better by 2 %, alike, worse by 2 % |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -260,7 +260,12 @@ def uses(result: dict | None = None) -> str:
 
         ratios = [row["errors"]["fewstep"] / row["errors"][row["best_free"]] for row in rows]
         counts = sum(r < 0.98 for r in ratios), sum(0.98 <= r <= 1.02 for r in ratios), sum(r > 1.02 for r in ratios)
-        shown = over("fewstep", None), over("fewstep", "karras"), over("corrector", None), ", ".join(map(str, counts))
+        shown = (
+            over("fewstep", None),
+            over("fewstep", "karras"),
+            over("cut" if "cut" in rows[0]["errors"] else "corrector", None),
+            ", ".join(map(str, counts)),
+        )
         lines.append(f"| {use} | {names[model]} | {len(rows)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

@@ -11,8 +11,8 @@ stochastic: sliced Wasserstein distance of samples to data (of the digits: to th
 of each (4,000). The best free schedule is chosen on other samples than those that all are reported on: the smallest of
 thirteen noisy distances would be too small. corrector: the published curve, which knows no solver.
 flow: the same mixtures on the linear path, from pure noise; the endpoint error on 1,024 fresh noises.
-image to image: data with noise of level sigma, brought back along the ODE; the endpoint error on 1,024 fresh ones. Every
-curve, ours too, is cut at sigma (`export.sub_range`), and none has seen such a start.
+image to image: data with noise of level sigma, brought back along the ODE; the endpoint error on 1,024 fresh ones. Ours was
+learned for that start, from the model alone; "cut" is what the curve from noise gives, cut at sigma (`export.sub_range`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from torch import Tensor
 from fewstep.config import LearnConfig
 from fewstep.data import load_data
 from fewstep.denoiser import Denoiser
-from fewstep.endpoint import reference
+from fewstep.endpoint import Midway, reference
 from fewstep.export import sub_range
 from fewstep.fit import judged_afresh, unmetered
-from fewstep.free import free_schedules
 from fewstep.learn import learn_by_cost
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.models import load_denoiser
-from fewstep.path import VE, Linear
+from fewstep.path import Linear
 from fewstep.run import read_lines, write_json
 from fewstep.schedule import Schedule, log_linear
 from fewstep.solvers import STOCHASTIC, solve
@@ -101,8 +100,10 @@ def cells(models: Models) -> Iterator[Cell]:
 
 
 @cache
-def fitted(models: Models, flow: bool, name: str, solver: str, seed: int, steps: tuple[int, ...]) -> Schedule:
-    return tailor(models.denoiser(name, flow), solver, steps, generator=seeded(seed))
+def fitted(
+    models: Models, flow: bool, name: str, solver: str, seed: int, steps: tuple[int, ...], start: float | None = None
+) -> Schedule:
+    return tailor(models.denoiser(name, flow), solver, steps, start=start, generator=seeded(seed))
 
 
 def guarded(denoiser: Denoiser, schedule: Schedule, solver: str, steps: int, seed: int) -> Schedule:
@@ -116,34 +117,32 @@ def guarded(denoiser: Denoiser, schedule: Schedule, solver: str, steps: int, see
 
 def run_cell(models: Models, cell: Cell) -> dict:
     use, name, solver, steps, seed = cell
-    flow = use == "flow"
-    denoiser = models.denoiser(name, flow)
-    if use.startswith("image"):
-        errors, about = image_to_image(models, cell), {}
-        best = min((k for k in errors if k != "fewstep"), key=errors.__getitem__)
-        return row_of(cell, errors, best, about)
-    wanted = tuple(n for n in STEPS if n <= 10)
-    whole = fitted(models, flow, name, solver, seed, wanted)
-    kept = guarded(denoiser, whole, solver, steps, seed)
+    denoiser = models.denoiser(name, use == "flow")
+    start = float(use.split()[-1]) if use.startswith("image") else None
+    wanted = IMAGE_STEPS if start else tuple(n for n in STEPS if n <= 10)
+    whole = fitted(models, use == "flow", name, solver, seed, wanted, start)
+    kept = guarded(Midway(denoiser, start) if start else denoiser, whole, solver, steps, seed)
     about = {"kept": kept.provenance["verdict"]["kept"][str(steps)], "verdict": kept.provenance["verdict"]["evaluations"]}
     grids = entrants(kept, [steps])[steps] | {"curve": replace(whole, grids={}).angles(steps)[:-1]}
     grids["fewstep"] = grids.pop("learned")
-    if flow:
+    if use == "stochastic":
+        published = learn_by_cost(denoiser, models.data(name), generator=seeded(seed))
+        for label, curve in (("corrector", published), ("corrector to data", replace(published, to_data=True))):
+            grids[label] = curve.angles(steps)[:-1]
+        chosen, errors = ({k: distance(models, cell, theta, draw) for k, theta in grids.items()} for draw in (0, 1))
+        return row_of(cell, errors, min(free_of(chosen), key=chosen.__getitem__), about)
+    if start:
+        grids["cut"] = sub_range(fitted(models, False, name, solver, seed, ()), sigma=start).angles(steps)[:-1]
+        errors = from_pictures(models, cell, grids, start)
+    else:
         known = reference(denoiser, draw_noise(UNSEEN, denoiser.shape, seeded(90_000 + seed)), levels=300)
         squares, _ = squares_of(denoiser, solver, {steps: grids}, known)
         errors = {k: math.sqrt(float(each.mean())) for k, each in squares[steps].items()}
-        return row_of(cell, errors, min(free_of(errors), key=errors.__getitem__), about)
-    published = learn_by_cost(denoiser, models.data(name), generator=seeded(seed))
-    grids |= {
-        "corrector": published.angles(steps)[:-1],
-        "corrector to data": replace(published, to_data=True).angles(steps)[:-1],
-    }
-    chosen, errors = ({k: distance(models, cell, theta, draw) for k, theta in grids.items()} for draw in (0, 1))
-    return row_of(cell, errors, min(free_of(chosen), key=chosen.__getitem__), about)
+    return row_of(cell, errors, min(free_of(errors), key=errors.__getitem__), about)
 
 
 def free_of(errors: dict[str, float]) -> list[str]:
-    return [k for k in errors if k not in ("fewstep", "curve", "corrector", "corrector to data")]
+    return [k for k in errors if k not in ("fewstep", "curve", "cut", "corrector", "corrector to data")]
 
 
 def distance(models: Models, cell: Cell, theta: Tensor, draw: int) -> float:
@@ -158,23 +157,19 @@ def distance(models: Models, cell: Cell, theta: Tensor, draw: int) -> float:
     return sliced_wasserstein(x, target, 200, seeded(draw))
 
 
-def image_to_image(models: Models, cell: Cell) -> dict[str, float]:
-    use, name, solver, steps, seed = cell
-    sigma, denoiser, g = float(use.split()[-1]), models.denoiser(name, False), seeded(80_000 + seed)
-    data = models.data(name)
+def from_pictures(models: Models, cell: Cell, grids: dict[str, Tensor], start: float) -> dict[str, float]:
+    _, name, solver, _, seed = cell
+    denoiser, data, g = models.denoiser(name, False), models.data(name), seeded(80_000 + seed)
     data = data[torch.randint(len(data), (UNSEEN,), generator=g)]
     path, noise = denoiser.path, torch.randn(data.shape, generator=g, dtype=data.dtype)
-    assert isinstance(path, VE) or name == "digits"
-    start = path.noised(data, noise, path.time(torch.tensor(math.atan(sigma), dtype=torch.float64)))
+    x = path.noised(data, noise, path.time(torch.tensor(math.atan(start), dtype=torch.float64)))
 
-    def end(schedule: Schedule, solver: str, steps: int) -> Tensor:
+    def end(theta: Tensor, solver: str) -> Tensor:
         with torch.no_grad():
-            return solve(denoiser, start, sub_range(schedule, sigma=sigma).times(path, steps), solver).x
+            return solve(denoiser, x, torch.cat([path.time(theta), theta.new_zeros(1)]), solver).x
 
-    low, high = path.sigma_min, path.sigma_max
-    truth = end(log_linear(low, high), "unipc", 200)
-    curves = free_schedules(low, high) | {"fewstep": fitted(models, False, name, solver, seed, ())}
-    return {k: math.sqrt(float((end(curve, solver, steps) - truth).double().square().mean())) for k, curve in curves.items()}
+    truth = end(log_linear(path.sigma_min, start).angles(200)[:-1], "unipc")
+    return {k: math.sqrt(float((end(theta, solver) - truth).double().square().mean())) for k, theta in grids.items()}
 
 
 def row_of(cell: Cell, errors: dict[str, float], best: str, about: dict) -> dict:

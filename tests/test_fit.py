@@ -375,8 +375,11 @@ def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_con
         met.append((noise, deal(cond, torch.arange(len(noise)))["label"]))
         return Reference(noise, noise, torch.ones(2), (torch.ones(1, 1), torch.ones(1, 1)), 0)
 
+    seeds: list[int] = []
+
     def undecided(denoiser, solver, grids, known, **about):
         assert torch.equal(deal(about["cond"], torch.arange(len(known.noise)))["label"], met[-1][1])
+        seeds.append(about["seed"])
         tails = torch.from_numpy(np.random.default_rng(len(met)).pareto(0.5, (2, len(known.noise))))
         return {n: {"learned": tails[0], "karras": tails[1]} for n in grids}, 0
 
@@ -388,6 +391,7 @@ def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_con
     fit.judged_afresh(ring(), (0.01, 10.0), grids, "euler", config, (2,), about, "cpu", fit.unmetered)
     assert [len(noise) for noise, _ in met] == [16, 16, 32, 64]
     assert len(torch.cat([noise for noise, _ in met]).unique(dim=0)) == 128
+    assert len(set(seeds)) == 4  # of what a stochastic solver draws
     assert torch.equal(torch.cat([label for _, label in met]), torch.arange(128))
     neighbour = dataclasses.replace(config, seed=1)
     before, met[:] = torch.cat([noise for noise, _ in met]), []
@@ -458,8 +462,8 @@ def test_a_stochastic_solver_is_judged_by_the_distribution_of_its_samples(data, 
     out, _ = schedule(capsys, mine(), tmp_path / "o", *options, small=("--verdict-noises", 128, "--threads", 1))
     learned = Schedule.load(tmp_path / "o" / "schedule.json")
     about = learned.provenance
-    assert (about["cost"], about["verdict"]["measure"]) == ("corrector", "sliced Wasserstein distance")
-    assert "sliced Wasserstein distance" in out
+    assert (about["cost"], about["verdict"]["measure"]) == ("corrector", "energy distance")
+    assert "energy distance" in out
     assert ("own_samples" in about) != data
     assert seen.samples == spent(about) + 1
     assert about["verdict"]["evaluations"] >= 128 * REPETITIONS * 13 * (6 + 10)

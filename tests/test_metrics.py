@@ -11,6 +11,7 @@ from fewstep.metrics import (
     auroc,
     class_coverage,
     energy_distance,
+    energy_distance_shares,
     frechet_distance,
     precision_recall,
     sliced_wasserstein,
@@ -192,6 +193,31 @@ def test_energy_distance_of_gaussians_in_one_dimension_is_the_closed_form(shift,
     value = energy_distance(quantiles(2000), std * quantiles(1500) + shift)
     exact = 2 * mean_absolute_normal(shift, math.hypot(1, std)) - 2 / math.sqrt(math.pi) * (1 + std)
     assert value == pytest.approx(exact, abs=0.005)
+
+
+def test_the_shares_of_the_energy_distance_have_its_closed_form_in_the_mean_and_its_error_in_their_spread():
+    # x ~ N(1, 1), y ~ N(0, 1): E|x - y| of N(1, 2), E|x - x'| = 2/sqrt(pi)
+    half = math.sqrt(2) * math.exp(-1 / 4) * math.sqrt(2 / math.pi) + math.erf(1 / 2)
+    exact = 2 * half - 2 * 2 / math.sqrt(math.pi)
+    g, means, errors, n = seeded(0), [], [], 60
+    for _ in range(400):
+        each = energy_distance_shares(1 + torch.randn(n, 1, generator=g), torch.randn(n, 1, generator=g))
+        means.append(float(each.mean()))
+        errors.append(float(each.std()) / math.sqrt(n))
+    spread = np.std(means)
+    assert np.mean(means) == pytest.approx(exact, abs=4 * spread / 20)
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+
+
+def test_few_samples_that_spread_too_little_are_not_favoured():
+    # W_2 of 20 and 20 points in 30 dimensions prefers samples of half the spread
+    g, narrow, right = seeded(0), [], []
+    for _ in range(200):
+        y, z = torch.randn(20, 30, generator=g), torch.randn(20, 30, generator=g)
+        narrow.append(float(energy_distance_shares(0.7 * z, y).mean()))
+        right.append(float(energy_distance_shares(z, y).mean()))
+    assert abs(np.mean(right)) < 4 * np.std(right) / math.sqrt(200)
+    assert np.mean(narrow) > 0.1
 
 
 def test_energy_distance_has_no_bias_between_two_sets_of_the_same_law():

@@ -10,7 +10,6 @@ from counting import Counting
 from fewstep.denoiser import Denoiser
 from fewstep.endpoint import Reference, Runs, mean_square, reference
 from fewstep.free import free_schedules
-from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Linear
 from fewstep.refine import bounds_of, descend
@@ -218,13 +217,10 @@ def test_a_stochastic_solver_is_judged_by_its_samples_distance_and_counted(solve
     known = reference(model.denoiser, noise(40))
     own = settled(replace(log_linear(), pure_noise=path.ends_in_pure_noise()))
     verdict = judge(model, solver, own, [2, 12], known, seed=3, tick=ticks.append)
-    assert verdict["measure"] == "sliced Wasserstein distance"
+    assert verdict["measure"] == "energy distance"
     assert verdict["evaluations"] - known.evaluations == model.samples == sum(ticks) == 40 * 14 * REPETITIONS * 14
     few, many = (verdict["steps"][n]["errors"]["log_linear"] for n in ("2", "12"))
-    assert many < 0.7 * few
-    # 40 samples against 40 exact ones
-    floor = sliced_wasserstein(ring().sample(40, seeded(1)), ring().sample(40, seeded(2)), 200, seeded(0))
-    assert 0.4 * floor < many < 3 * floor
+    assert many < 0.5 * few
 
 
 def test_every_schedule_meets_the_same_noises_of_a_stochastic_solver(known):
@@ -474,20 +470,6 @@ def test_each_number_of_steps_leaves_when_it_is_decided():
     assert asked == [{4, 5}, {5}, {5}]
     assert verdict["steps"]["4"]["against_best_free"]["high"] < 1
     assert (verdict["steps"]["4"]["noises"], verdict["steps"]["5"]["noises"], verdict["noises"]) == (64, 256, 256)
-
-
-def test_a_stochastic_solver_is_judged_afresh_in_every_round_on_twice_the_noises():
-    asked: list = []
-    squares = errors(1.0, asked=asked)
-    verdict = settle(GRIDS, squares, "ancestral", 64, 2)
-    assert [count for count, _ in asked] == [64, 128, 256]
-    assert (verdict["noises"], verdict["evaluations"]) == (256, 64 + 128 + 256)
-    row = verdict["steps"]["5"]
-    last = squares(2, 256, GRIDS)[0][5]
-    for name in ("learned", row["best_free"]):  # of the last round alone
-        assert row["errors"][name] == pytest.approx(math.sqrt(float(last[name].mean())), rel=1e-12)
-    assert row["given_up"]["bad"] == 64
-    assert row["errors"]["bad"] == pytest.approx(math.sqrt(float(squares(0, 64, GRIDS)[0][5]["bad"].mean())), rel=1e-12)
 
 
 def test_an_entrant_that_overflows_leaves_the_race():

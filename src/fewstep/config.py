@@ -102,7 +102,7 @@ class LearnConfig:
     verdict_doublings: Annotated[int, Field(ge=0)] = 4
     """How often that number is doubled where they do not decide. A noise costs 96 evaluations and at first some 15 runs per
     number of steps, later as many as there are schedules that may still be the best; a stochastic solver takes five times as
-    many runs, on all noises afresh each time."""
+    many runs."""
     probes: Annotated[int, Field(ge=3)] = 100
     """Published costs: levels at which the cost is probed."""
     draws: Annotated[int, Field(ge=4)] = 64

@@ -222,12 +222,13 @@ def judged_afresh(
     meter: Meter,
 ) -> dict[str, Any]:
     """The verdict on the entrants (`entrants`), on noises that no fit has seen, as many as it takes to decide."""
-    stochastic = solver in STOCHASTIC
+    repetitions = REPETITIONS if solver in STOCHASTIC else 1
 
     def squares(k: int, count: int, open_: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
-        runs = (REPETITIONS if stochastic else 1) * sum(len(each) * evaluations_of(solver, n) for n, each in open_.items())
-        noise = draw_noise(count, form, torch.Generator().manual_seed(config.seed + UNSEEN * (k + 1)), device)
-        met = 0 if stochastic or k == 0 else count  # earlier rounds have dealt out this many conditions
+        runs = repetitions * sum(len(each) * evaluations_of(solver, n) for n, each in open_.items())
+        seed = config.seed + UNSEEN * (k + 1)
+        noise = draw_noise(count, form, torch.Generator().manual_seed(seed), device)
+        met = 0 if k == 0 else count  # earlier rounds have dealt out this many conditions
         given = {name: v.roll(-met, 0) for name, v in about["cond"].items()} if about["cond"] else None
         with meter(
             count * (steps_of_reference(denoiser, FINE) + runs) * denoiser.evaluations,
@@ -235,7 +236,7 @@ def judged_afresh(
         ) as tick:
             dealt = {**about, "cond": given, "tick": tick}
             known = reference(denoiser, noise, levels=FINE, sigma_min=ends[0], sigma_max=ends[1], **dealt)
-            found, spent = squares_of(denoiser, solver, open_, known, **dealt)
+            found, spent = squares_of(denoiser, solver, open_, known, seed=seed + 1, **dealt)
             return found, known.evaluations + spent
 
     return settle(grids, squares, solver, config.verdict_noises, config.verdict_doublings)

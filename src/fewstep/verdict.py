@@ -1,8 +1,8 @@
 """Does the schedule help, on noises that it has never seen?
 
-A deterministic solver is judged by the endpoint error, noise by noise; a stochastic one by the sliced Wasserstein
-distance of its samples to the model's own finely solved ones, repetition by repetition. Intervals are bootstrapped over
-noises, or repetitions, in pairs: every schedule meets the same ones.
+A deterministic solver is judged by the endpoint error; a stochastic one by the energy distance of its samples to the
+model's own finely solved ones, which falls into a share of every noise. Intervals are bootstrapped over noises in pairs:
+every schedule meets the same ones.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.endpoint import Midway, Reference, Runs, deal, ignore, squared_errors
 from fewstep.free import free_schedules
-from fewstep.metrics import sliced_wasserstein
+from fewstep.metrics import energy_distance_shares
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, solve
 
 Squares = dict[int, dict[str, Tensor]]  # by number of steps and name
 OURS = ("learned", "default")  # entrants that are not free schedules
-REPETITIONS = 5  # of a stochastic solver
+REPETITIONS = 5  # of a stochastic solver, from every noise
 WIDE = 1.15  # an interval's upper end over its lower one
 
 
@@ -54,12 +54,12 @@ def squares_of(
     seed: int = 0,
     tick: Callable[[int], object] = ignore,
 ) -> tuple[Squares, int]:
-    """The squared errors of the entrants, and evaluations: (m,) of the m noises of a reference that nothing was fitted to, or
-    (REPETITIONS,) of a stochastic solver, whose noise has this seed."""
+    """The squared errors of the entrants (m,), of the m noises of a reference that nothing was fitted to, and evaluations;
+    of a stochastic solver, whose noise has this seed, the noises' shares of a squared energy distance."""
     found, spent, rows = Squares(), 0, torch.arange(len(known.noise))
     for n, entered in grids.items():
         if solver in STOCHASTIC:
-            found[n], evaluations = _weak(denoiser, solver, entered, known, cond, batch_size, seed, tick)
+            found[n], evaluations = _energy_distances(denoiser, solver, entered, known, cond, batch_size, seed, tick)
         else:
             runs = Runs(denoiser, solver, known.noise, deal(cond, rows), batch_size, tick)
             found[n] = {
@@ -82,49 +82,41 @@ def settle(
 
     squares(k, m, grids): of the m fresh noises of round k. A number of steps takes part in the next round while the
     interval of its ratio to the best free schedule is wide and holds 1: where a few noises go astray and make all of the
-    error, some dozens of them say nothing. What is clearly worse than the best free schedule does not (a race). Distances of
-    samples depend on how many there are, so those of a stochastic solver are taken afresh, of twice as many in every round.
+    error, some dozens of them say nothing. What is clearly worse than the best free schedule does not (a race).
     """
-    known, met = {n: dict[str, Tensor]() for n in grids}, {n: dict[str, int]() for n in grids}
-    spent, open_, weak = 0, grids, solver in STOCHASTIC
+    known, spent, open_ = {n: dict[str, Tensor]() for n in grids}, 0, grids
     for k in range(doublings + 1):
-        count = noises * 2 ** (k if weak else max(k - 1, 0))
-        fresh, evaluations = squares(k, count, open_)
+        fresh, evaluations = squares(k, noises * 2 ** max(k - 1, 0), open_)
         spent += evaluations
         for n, found in fresh.items():
-            for name, each in found.items():
-                more = not weak and name in known[n]
-                known[n][name] = torch.cat([known[n][name], each]) if more else each
-                met[n][name] = count + (met[n][name] if more else 0)
-        left = [n for n in open_ if undecided(running(known[n], met[n]))]
+            before = known[n]
+            known[n] = before | {name: torch.cat([before.get(name, each[:0]), each]) for name, each in found.items()}
+        left = [n for n in open_ if undecided(known[n])]
         if not left:
             break
-        open_ = {n: still_in(open_[n], running(known[n], met[n])) for n in left}
-    measure = "sliced Wasserstein distance" if weak else "endpoint error"
-    rows = {str(n): row_of(found, met[n]) for n, found in known.items()}
+        open_ = {n: still_in(open_[n], known[n]) for n in left}
+    measure = "energy distance" if solver in STOCHASTIC else "endpoint error"
+    rows = {str(n): row_of(found) for n, found in known.items()}
     most = max(row["noises"] for row in rows.values())
     return {"measure": measure, "solver": solver, "noises": most, "steps": rows, "evaluations": spent}
 
 
-def running(squares: Mapping[str, Tensor], met: Mapping[str, int]) -> dict[str, Tensor]:
-    """The entrants that have met as many noises as the learned schedule, which runs to the end."""
-    return {name: each for name, each in squares.items() if met[name] == met["learned"]}
-
-
-def row_of(squares: Mapping[str, Tensor], met: Mapping[str, int]) -> dict[str, Any]:
+def row_of(squares: Mapping[str, Tensor]) -> dict[str, Any]:
     """One number of steps: the error of every entrant, the best free one, the ratio to it and to the default, with 95 %
     intervals; given_up: after how many noises those that did not stay to the end were."""
-    learned, best = squares["learned"], best_free(running(squares, met))
-    row: dict[str, Any] = {"errors": {name: math.sqrt(float(each.mean())) for name, each in squares.items()}}
+    learned, best = squares["learned"], best_free(squares)
+    row: dict[str, Any] = {"errors": {name: math.sqrt(max(float(each.mean()), 0.0)) for name, each in squares.items()}}
     row |= {"best_free": best, "against_best_free": ratio(learned, squares[best])}
     if "default" in squares:
         row["against_default"] = ratio(learned, squares["default"])
-    given_up = {name: count for name, count in met.items() if count < met["learned"]}
-    return row | {"noises": met["learned"]} | ({"given_up": given_up} if given_up else {})
+    given_up = {name: len(each) for name, each in squares.items() if len(each) < len(learned)}
+    return row | {"noises": len(learned)} | ({"given_up": given_up} if given_up else {})
 
 
 def best_free(squares: Mapping[str, Tensor]) -> str:
-    return min((name for name in squares if name not in OURS), key=lambda name: float(squares[name].mean()))
+    """Of those that have seen all noises."""
+    free = [name for name, each in squares.items() if name not in OURS and len(each) == len(squares["learned"])]
+    return min(free, key=lambda name: float(squares[name].mean()))
 
 
 def undecided(squares: Mapping[str, Tensor]) -> bool:
@@ -143,7 +135,7 @@ def still_in(entered: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> di
     return {name: theta for name, theta in entered.items() if name in (best, *OURS) or not worse(name)}
 
 
-def _weak(
+def _energy_distances(
     denoiser: Denoiser,
     solver: str,
     grids: Mapping[str, Tensor],
@@ -153,10 +145,11 @@ def _weak(
     seed: int,
     tick: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], int]:
-    """Squared sliced Wasserstein distances (repetitions,) of each grid's samples to the reference's ends, and evaluations."""
+    """Each noise's share of the squared energy distance of each grid's samples to the reference's ends (m,), the mean over
+    REPETITIONS samples from every noise; and the evaluations."""
     spent = 0
 
-    def distance(theta: Tensor, repetition: int) -> float:
+    def shares(theta: Tensor, repetition: int) -> Tensor:
         nonlocal spent
         g, times = torch.Generator().manual_seed(seed + repetition), torch.cat([denoiser.path.time(theta), theta.new_zeros(1)])
         fresh = torch.randn(known.noise.shape, generator=g, dtype=known.noise.dtype).to(known.noise.device)
@@ -167,25 +160,28 @@ def _weak(
                 with torch.no_grad():
                     done = solve(denoiser, start[rows.to(start.device)], times, solver, cond=deal(cond, rows), generator=g)
             except ValueError:  # it overflows on these levels
-                return math.inf
+                return torch.full((len(start),), math.inf, dtype=torch.float64)
             spent += done.evaluations * len(rows)
             tick(done.evaluations * len(rows))
             ends.append(done.x)
-        return sliced_wasserstein(torch.cat(ends), known.ends, 200, torch.Generator().manual_seed(repetition))
+        return energy_distance_shares(torch.cat(ends), known.ends)
 
-    found = {name: [distance(theta, k) for k in range(REPETITIONS)] for name, theta in grids.items()}
-    return {name: torch.tensor(distances, dtype=torch.float64) ** 2 for name, distances in found.items()}, spent
+    return {name: torch.stack([shares(theta, k) for k in range(REPETITIONS)]).mean(0) for name, theta in grids.items()}, spent
 
 
 def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, float]:
-    """The ratio of two root mean squares (m,), (m,) of the same noises, and its 95 % bootstrap interval."""
+    """The ratio of two root mean squares (m,), (m,) of the same noises, and its 95 % bootstrap interval. A mean square below
+    0, as an unbiased estimate of a small one may be, counts as 0."""
     draw = np.random.default_rng(0).integers(len(ours), size=(resamplings, len(ours)))
     if not bool(torch.isfinite(ours).all()) or not bool(torch.isfinite(theirs).all()):
         never = math.inf if not bool(torch.isfinite(ours).all()) else 0.0  # one of the two overflows
         return {"ratio": never, "low": never, "high": never}
-    means = np.sqrt(ours.numpy()[draw].mean(1) / np.maximum(theirs.numpy()[draw].mean(1), 1e-300))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"ratio": math.sqrt(float(ours.mean()) / max(float(theirs.mean()), 1e-300)), "low": float(low), "high": float(high)}
+
+    def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.maximum(a, 0) / np.maximum(b, 1e-300))
+
+    low, high = np.quantile(over(ours.numpy()[draw].mean(1), theirs.numpy()[draw].mean(1)), [0.025, 0.975])
+    return {"ratio": float(over(ours.numpy().mean(), theirs.numpy().mean())), "low": float(low), "high": float(high)}
 
 
 def guard(schedule: Schedule, verdict: dict[str, Any]) -> Schedule:
