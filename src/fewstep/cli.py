@@ -100,9 +100,10 @@ def schedule(
 ) -> None:
     """Learn where a model's steps go: one small file for every number of steps, with a verdict on unseen noises.
 
-    By default for a solver, by how far it ends from where it should: no data, no back-propagation. Data are for the
-    published costs, and taken from the model itself where none are given. The verdict compares with every free schedule
-    and with the model's own levels; where the learned one does not win, the file keeps the best free one.
+    By default for a solver, by how far it ends from where it should: no data, no back-propagation. For image to image from
+    the level --start on. Data are for the published costs, and taken from the model itself where none are given. The verdict
+    compares with every free schedule and with the model's own levels; where the learned one does not win, the file keeps the
+    best free one.
     """
     device = _on(machine)
     from fewstep import fit
