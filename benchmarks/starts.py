@@ -5,8 +5,8 @@
     python benchmarks/starts.py RUN LABELLED             two seeds; writes benchmarks/starts.json
     python benchmarks/starts.py RUN LABELLED --quick     in miniature, into --rows; says nothing but that it runs
 
-The same network is taken for a denoiser on the variance-exploding, the variance-preserving and the linear (flow-matching)
-path: same levels sigma/alpha, other scales of x. With labels, sampler and energy are told the class, in the data's shares.
+The same network is taken for a denoiser on the variance-exploding and on the linear (flow-matching) path: same levels
+sigma/alpha, other scales of x. With labels, sampler and energy are told the class, in the data's shares.
 start: ancestral sampling on the same levels. fd: Frechet distance in pixels of 2,000 samples to all training digits.
 obeyed: share of samples that a classifier (98.7 % right on held-out digits) takes for the class that was asked for.
 energy_right: share of held-out digits whose energy is lowest with their own label of the ten. Finished rows are kept in --rows.
@@ -32,7 +32,7 @@ from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
-from fewstep.path import VP, Linear
+from fewstep.path import Linear
 from fewstep.run import read_lines, write_json
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
@@ -49,7 +49,6 @@ def denoisers(run: str, labelled: str) -> dict[str, Denoiser]:
     plain = models.load_denoiser(run)
     return {
         "variance exploding": plain,
-        "variance preserving": OnPath(plain, VP()),
         "linear (flow)": OnPath(plain, Linear()),
         LABELS: models.load_denoiser(labelled),
     }
