@@ -66,7 +66,7 @@ SHORT_RUN = FinetuneConfig(iterations=160, density_iterations=600, batch_size=32
 TUNED = "fine-tuned"
 FINETUNE = {
     "digits": FinetuneConfig(),
-    "mnist_slim": replace(SHORT_RUN, velocity_decay=1.0),  # as it was before this followed from the start: nothing gained
+    "mnist_slim": SHORT_RUN,
     "fashion": replace(SHORT_RUN, critic_steps=4, lr_value=3e-4),
 }
 MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data

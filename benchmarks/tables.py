@@ -332,7 +332,7 @@ def summary() -> str:
         "a schedule's endpoint error, up to 8 steps, over that of the best of 13 free ones, picked after the fact",
         f"{few['mixtures']:.2f} on exact mixtures, {few['images']:.2f} on image models",
         f"best or within 2 % of the best of 27 methods in {schedules['all']['best_or_within_2_percent']:.0%} of "
-        f"{schedules['all']['cells']} cells; the published curve is never the best",
+        f"{schedules['all']['cells']} cells; the published costs' in 4 cells",
     )
     line(
         "the same in image to image, and of a flow model",
