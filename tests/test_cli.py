@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -60,6 +61,21 @@ def test_the_way_from_data_to_samples(trained, tmp_path, monkeypatch):
         assert np.isfinite(x).all()
         assert (tmp_path / name / "samples.png").stat().st_size > 1000
     assert len(json.loads((tmp_path / "c" / "config.json").read_text())["config"]["times"]) == 4
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_of_torchrun_make_one_folder_of_the_same_weights(trained, tmp_path):
+    pytest.importorskip("accelerate")
+    tuning = ("--iterations", 20, "--density-iterations", 10, "--batch-size", 32, "--schedule", trained / "schedule")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "fewstep.cli"]
+    command += ["finetune", "--model", trained / "model", "--data", trained / "points.npy", "--out", tmp_path / "two"]
+    command += ["--steps", 2, *tuning, "--device", "cpu"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("The sampler and its energy are in") == 1
+    one, two = (load_file(folder / "sampler.safetensors") for folder in (trained / "sampler", tmp_path / "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -576,6 +576,16 @@ def test_in_bfloat16_the_sampler_learns_nearly_what_it_learns_in_float32():
     assert 0 < float((rough - plain).norm()) < 0.05 * float((plain - start).norm())
 
 
+def test_a_compiled_sampler_learns_the_same_and_keeps_its_names(monkeypatch):
+    compile_ = torch.nn.Module.compile  # by its own backend it takes a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend="eager"))
+    plain, compiled = (short_run(compile=each).sampler for each in (False, True))
+    assert compiled.denoiser._compiled_call_impl is not None
+    assert plain.denoiser._compiled_call_impl is None
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.timeout(300)
 def test_two_processes_do_what_one_does(tmp_path):
     pytest.importorskip("accelerate")

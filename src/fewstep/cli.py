@@ -159,7 +159,8 @@ def finetune(
     First the density of the data, then sampler and energy together. On several GPUs: torchrun --nproc_per_node 2 -m
     fewstep.cli finetune ..
     """
-    device, processes = _on(machine), _processes()
+    device = _on(machine)
+    processes = _processes(device)
     if processes.accelerator is not None:
         device = str(processes.accelerator.device)
     from fewstep import commands
@@ -412,17 +413,21 @@ def _on(machine: Machine) -> str:
     return machine.device
 
 
-def _processes() -> Processes:
-    """Those that torchrun has started, or just this one."""
+def _processes(device: str) -> Processes:
+    """Those that torchrun has started, or just this one. Raises ValueError where they cannot work together."""
     from fewstep.processes import ALONE, Processes
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
         return ALONE
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise ValueError("several processes need accelerate: pip install fewstep[parallel]") from error
-    return Processes(Accelerator())
+    processes = Processes(Accelerator(cpu=device.startswith("cpu")))  # else, without a GPU, each would work alone
+    if processes.count != count:
+        raise ValueError(f"torchrun has started {count} processes, but only {processes.count} of them found each other")
+    return processes
 
 
 def main(arguments: list[str] | None = None) -> None:
