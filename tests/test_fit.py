@@ -494,6 +494,10 @@ def test_levels_for_image_to_image_begin_where_they_were_asked_to_and_are_checke
     assert "against_default" not in about["verdict"]["steps"]["3"]  # the model's own levels begin elsewhere
     out, _ = fewstep(capsys, "schedule", "--check", tmp_path / "o", "--model", mine(), *SMALL)
     assert "keep" in out
+    from_noise = ("--schedule", tmp_path / "o", "--solver", solver, "--out", tmp_path / "s")
+    _, err = fewstep(capsys, "sample", "--model", mine(), *from_noise, expect=2)
+    assert "for image to image, from pictures with noise of 1.5" in err
+    assert not (tmp_path / "s").exists()
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

@@ -168,10 +168,13 @@ def baselines(like: Schedule) -> dict[str, Schedule]:
 
 
 def find_schedule(name: str, denoiser: Denoiser) -> Schedule:
-    """A named schedule over the model's range of levels, a schedule file, or a folder that holds schedule.json."""
+    """A named schedule over the model's range of levels, a schedule file, or a folder of `fewstep schedule`, from noise on."""
     if name.replace("-", "_") in NAMED:
         return NAMED[name.replace("-", "_")](denoiser.path.sigma_min, denoiser.path.sigma_max)
-    return read_schedule(name)
+    found = read_schedule(name)
+    if (start := found.provenance.get("start")) is not None:
+        raise ValueError(f"{name} is for image to image, from pictures with noise of {start:g}; here samples start from noise")
+    return found
 
 
 def read_schedule(name: str) -> Schedule:
