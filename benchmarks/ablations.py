@@ -4,10 +4,12 @@
     python benchmarks/ablations.py RUN             two seeds; writes benchmarks/ablations.json
     python benchmarks/ablations.py RUN --quick     in miniature, into --rows; says nothing but that it runs
 
-Every fine-tuning is on Karras' levels and in the default configuration, but for what its row says. Each is judged by 2,000
-samples: Frechet distance in pixels and sliced Wasserstein distance to all training data, precision and recall; its energy by
-the AUROC of held-out digits against uniform noise and against its own samples. Of the first, two more things are judged that
-need no training: value guidance, and other numbers of steps (`fewstep sample --steps`). Finished rows are kept in --rows.
+Every fine-tuning is on Karras' levels and in the default configuration, but for what its row says. Levels: Karras' with rho 4
+and quadratic ones in the time of the linear-beta VP path, as the paper picks them by hand; learned by `learn_schedule`, for
+ancestral sampling, which is what a sampler begins as, and for DPM++ 2M. Each is judged by 2,000 samples: Frechet distance in
+pixels and sliced Wasserstein distance to all training data, precision and recall; its energy by the AUROC of held-out digits
+against uniform noise and against its own samples. Of the first, two more things are judged that need no training: value
+guidance, and other numbers of steps (`fewstep sample --steps`). Finished rows are kept in --rows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +33,9 @@ from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
 from fewstep.dxmi import FinetuneState, make_state
 from fewstep.finetuning import finetune
+from fewstep.learn import learn_schedule
 from fewstep.metrics import auroc, frechet_distance, precision_recall, sliced_wasserstein
+from fewstep.path import VP
 from fewstep.run import read_lines, write_json
 from fewstep.sampler import Sampler, in_steps
 from fewstep.schedule import karras
@@ -41,8 +46,15 @@ HERE = Path(__file__).parent
 DEFAULT = "default"
 FREE = {"trust": 1e9}
 PUBLISHED = {"density_iterations": 0, "velocity_decay": 0.99} | FREE
+LEVELS: dict[str, Callable[[Denoiser, int], Tensor]] = {
+    "levels of rho 4": lambda model, n: karras(*ends(model), rho=4.0).times(model.path, n),
+    "quadratic levels": lambda model, n: quadratic(model, n),
+    "levels learned for ancestral": lambda model, n: learn_schedule(model, solver="ancestral", steps=[n]).times(model.path, n),
+    "levels learned for DPM++ 2M": lambda model, n: learn_schedule(model, solver="dpmpp_2m", steps=[n]).times(model.path, n),
+}
 TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
     DEFAULT: (4, {}),
+    **{name: (4, {}) for name in LEVELS},
     "the density's score": (4, {"score": "density"}),
     "no trust region": (4, FREE),
     "tau 0": (4, {"tau": 0.0}),
@@ -56,6 +68,17 @@ TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
 GUIDANCE = (0.5, 2.0, 8.0)
 OTHER_STEPS = (1, 2, 3, 6, 8, 10)
 COUNT = 2000
+
+
+def ends(model: Denoiser) -> tuple[float, float]:
+    return model.path.sigma_min, model.path.sigma_max
+
+
+def quadratic(model: Denoiser, steps: int) -> Tensor:
+    """Levels at the squares of evenly spaced times of the linear-beta VP path."""
+    clock = VP()
+    first = clock.time(torch.tensor(math.atan(model.path.sigma_max), dtype=torch.float64))
+    return model.path.time(clock.angle(first * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 2))
 
 
 def drawn(sampler: Sampler, data: Data, count: int, seed: int) -> Tensor:
@@ -79,8 +102,7 @@ def judge(x: Tensor, data: Data, energy: Callable[[Tensor], Tensor] | None = Non
     return {k: float(f"{v:.5g}") for k, v in found.items()}
 
 
-def learned(denoiser: Denoiser, data: Data, steps: int, config: FinetuneConfig) -> tuple[FinetuneState, float]:
-    times = karras(denoiser.path.sigma_min, denoiser.path.sigma_max).times(denoiser.path, steps)
+def learned(denoiser: Denoiser, data: Data, times: Tensor, config: FinetuneConfig) -> tuple[FinetuneState, float]:
     began = time.process_time()
     state = make_state(denoiser, times, config, data.shape)
     for _ in finetune(state, data.train):
@@ -105,7 +127,8 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
                 short = {k: min(10, getattr(config, k)) for k in ("iterations", "density_iterations")}
                 config = dataclasses.replace(config, **short)
             try:
-                state, seconds = learned(denoiser, data, steps, config)
+                levels = LEVELS.get(name, lambda model, n: karras(*ends(model)).times(model.path, n))
+                state, seconds = learned(denoiser, data, levels(denoiser, steps), config)
             except ValueError as error:  # not finite, collapsed or diverged, after all roll-backs
                 keep(name, steps, {"failed": str(error)})
                 continue
@@ -119,6 +142,8 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
                     keep(f"used in {n} steps", n, judge(drawn(other, data, count, seed), data))
                     plain = Sampler(denoiser, other.times)
                     keep(f"ancestral in {n} steps", n, judge(drawn(plain, data, count, seed), data))
+            if name in LEVELS:
+                keep(f"ancestral, {name}", steps, judge(drawn(Sampler(denoiser, sampler.times), data, count, seed), data))
             x = drawn(sampler, data, count, seed)
             keep(name, steps, judge(x, data, value.energy) | {"cpu_seconds": seconds, "pace": state.pace})
 
