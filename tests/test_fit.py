@@ -469,6 +469,10 @@ def test_a_stochastic_solver_is_judged_by_the_distribution_of_its_samples(data, 
     assert about["verdict"]["evaluations"] >= 128 * REPETITIONS * 13 * (6 + 10)
     assert all(math.isfinite(n) for n in numbers(learned.to_dict()))
     assert seen.largest <= 100
+    about["verdict"]["measure"] = "sliced Wasserstein distance"  # an older fewstep's
+    dataclasses.replace(learned, provenance=about).save(tmp_path / "o" / "schedule.json")
+    _, err = fewstep(capsys, "schedule", "--check", tmp_path / "o", "--model", mine(), expect=2)
+    assert "judged by the sliced Wasserstein distance" in err
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])

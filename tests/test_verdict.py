@@ -15,7 +15,7 @@ from fewstep.path import VE, VP, Linear
 from fewstep.refine import bounds_of, descend
 from fewstep.schedule import Schedule, bend, karras, log_linear, unbend
 from fewstep.solvers import evaluations_of
-from fewstep.verdict import REPETITIONS, entrants, guard, ratio, sentences, settle, squares_of
+from fewstep.verdict import REPETITIONS, entrants, guard, interval, ratio, sentences, settle, squares_of
 
 LIMITS = {"sigma_min": 0.002, "sigma_max": 80.0}
 
@@ -492,3 +492,13 @@ def test_a_schedule_is_made_for_the_range_of_its_provenance_or_else_of_its_curve
     bare = Schedule([0.0, 1.0], torch.atan(torch.tensor([30.0, 0.1])))
     assert bare.made_for() == pytest.approx((0.1, 30.0), rel=1e-6)
     assert settled(bare, sigma_max=80.0).made_for()[1] == 80.0
+
+
+def test_a_ratio_of_distances_that_are_next_to_nothing_is_no_number_of_a_hundred_digits():
+    some, nothing = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([-1.0, 0.5, -0.1]).double()
+    assert ratio(nothing, some)["ratio"] == 0
+    assert ratio(some, nothing)["ratio"] == math.inf
+    assert ratio(nothing, nothing)["ratio"] == 1
+    row = {"ratio": math.inf, "low": 0.5, "high": math.inf}
+    assert interval(row) == "inf [0.50, inf]"
+    assert 0 < ratio(some, nothing)["low"] <= ratio(some, nothing)["high"] == math.inf

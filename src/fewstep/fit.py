@@ -42,7 +42,7 @@ from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
-from fewstep.verdict import OURS, REPETITIONS, Squares, entrants, guard, interval, number, settle, squares_of
+from fewstep.verdict import OURS, REPETITIONS, Squares, entrants, guard, interval, measure_of, number, settle, squares_of
 
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
@@ -256,6 +256,10 @@ def check(
     before = schedule.provenance.get("verdict")
     if before is None:
         raise ValueError(f"{file} has no verdict to compare with; make it with `fewstep schedule`")
+    if before["measure"] != measure_of(before["solver"]):
+        raise ValueError(
+            f"{file} was judged by the {before['measure']}, by an older fewstep; make it again with `fewstep schedule`"
+        )
     denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
     if (start := schedule.provenance.get("start")) is not None:
         denoiser = Midway(denoiser, start, schedule.made_for()[0])
@@ -271,11 +275,12 @@ def check(
     for n, row in now["steps"].items():
         kept = before["kept"][n]
         was, error = number(before["steps"][n]["errors"][kept]), row["errors"]["learned"]
-        before_ratio = before["steps"][n]["against_best_free"]["ratio"] if kept == "learned" else 1.0
+        before_ratio = number(before["steps"][n]["against_best_free"]["ratio"]) if kept == "learned" else 1.0
         versus = row["against_best_free"]
-        refit |= versus["ratio"] > DRIFT * before_ratio or (versus["low"] > 1 and versus["ratio"] > WORSE)
+        refit |= versus["ratio"] > DRIFT * before_ratio > 0 or (versus["low"] > 1 and versus["ratio"] > WORSE)
+        grown = f" ({error / was:.2f} times)" if was > 0 else ""
         lines.append(
-            f"{n} steps of {now['solver']}: {now['measure']} {error:.4g}, it was {was:.4g} ({error / was:.2f} times); "
+            f"{n} steps of {now['solver']}: {now['measure']} {error:.4g}, it was {was:.4g}{grown}; "
             f"{interval(row['against_best_free'])} of the best free schedule's ({row['best_free']}), it was {before_ratio:.2f}"
         )
     says = "refit: the schedule no longer suits this model" if refit else "keep: the schedule still suits this model"

@@ -26,6 +26,7 @@ from fewstep.solvers import STOCHASTIC, solve
 Squares = dict[int, dict[str, Tensor]]  # by number of steps and name
 OURS = ("learned", "default")  # entrants that are not free schedules
 REPETITIONS = 5  # of a stochastic solver, from every noise
+ENDLESS = 1e9  # a ratio from here on is infinite
 WIDE = 1.15  # an interval's upper end over its lower one
 
 
@@ -95,10 +96,13 @@ def settle(
         if not left:
             break
         open_ = {n: still_in(open_[n], known[n]) for n in left}
-    measure = "energy distance" if solver in STOCHASTIC else "endpoint error"
     rows = {str(n): row_of(found) for n, found in known.items()}
     most = max(row["noises"] for row in rows.values())
-    return {"measure": measure, "solver": solver, "noises": most, "steps": rows, "evaluations": spent}
+    return {"measure": measure_of(solver), "solver": solver, "noises": most, "steps": rows, "evaluations": spent}
+
+
+def measure_of(solver: str) -> str:
+    return "energy distance" if solver in STOCHASTIC else "endpoint error"
 
 
 def row_of(squares: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -171,17 +175,17 @@ def _energy_distances(
 
 def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, float]:
     """The ratio of two root mean squares (m,), (m,) of the same noises, and its 95 % bootstrap interval. A mean square below
-    0, as an unbiased estimate of a small one may be, counts as 0."""
+    0, as an unbiased estimate of a small one may be, counts as 0; 0 over 0 is 1."""
     draw = np.random.default_rng(0).integers(len(ours), size=(resamplings, len(ours)))
     if not bool(torch.isfinite(ours).all()) or not bool(torch.isfinite(theirs).all()):
         never = math.inf if not bool(torch.isfinite(ours).all()) else 0.0  # one of the two overflows
         return {"ratio": never, "low": never, "high": never}
 
-    def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.maximum(a, 0) / np.maximum(b, 1e-300))
-
-    low, high = np.quantile(over(ours.numpy()[draw].mean(1), theirs.numpy()[draw].mean(1)), [0.025, 0.975])
-    return {"ratio": float(over(ours.numpy().mean(), theirs.numpy().mean())), "low": float(low), "high": float(high)}
+    ours_, theirs_ = (np.maximum(np.append(each.numpy()[draw].mean(1), float(each.mean())), 0) for each in (ours, theirs))
+    known = theirs_ > 0
+    ratios = np.where(known, np.sqrt(ours_ / np.where(known, theirs_, 1)), np.where(ours_ > 0, ENDLESS, 1.0)).clip(max=ENDLESS)
+    found = {"ratio": ratios[-1]} | dict(zip(("low", "high"), np.quantile(ratios[:-1], [0.025, 0.975]), strict=True))
+    return {name: float(value) if value < ENDLESS else math.inf for name, value in found.items()}
 
 
 def guard(schedule: Schedule, verdict: dict[str, Any]) -> Schedule:
