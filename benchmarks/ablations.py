@@ -5,11 +5,11 @@
     python benchmarks/ablations.py RUN --quick     in miniature, into --rows; says nothing but that it runs
 
 Every fine-tuning is on Karras' levels and in the default configuration, but for what its row says. Levels: Karras' with rho 4
-and quadratic ones in the time of the linear-beta VP path, as the paper picks them by hand; learned by `learn_schedule`, for
-ancestral sampling, which is what a sampler begins as, and for DPM++ 2M. Each is judged by 2,000 samples: Frechet distance in
-pixels and sliced Wasserstein distance to all training data, precision and recall; its energy by the AUROC of held-out digits
-against uniform noise and against its own samples. Of the first, two more things are judged that need no training: value
-guidance, and other numbers of steps (`fewstep sample --steps`). Finished rows are kept in --rows.
+and quadratic ones in the time of the linear-beta VP path, as the paper picks them by hand; learned by `learn_schedule` (one fit
+for all seeds, no verdict), for ancestral sampling, which is what a sampler begins as, and for DPM++ 2M. Each is judged by 2,000
+samples: Frechet distance in pixels and sliced Wasserstein distance to all training data, precision and recall; its energy by
+the AUROC of held-out digits against uniform noise and against its own samples. Of the first, two more things are judged that
+need no training: value guidance, and other numbers of steps (`fewstep sample --steps`). Finished rows are kept in --rows.
 """
 
 from __future__ import annotations
@@ -46,9 +46,22 @@ HERE = Path(__file__).parent
 DEFAULT = "default"
 FREE = {"trust": 1e9}
 PUBLISHED = {"density_iterations": 0, "velocity_decay": 0.99} | FREE
+
+
+def ends(model: Denoiser) -> tuple[float, float]:
+    return model.path.sigma_min, model.path.sigma_max
+
+
+def quadratic(model: Denoiser, steps: int) -> Tensor:
+    """Levels at the squares of evenly spaced times of the linear-beta VP path."""
+    clock = VP()
+    first = clock.time(torch.tensor(math.atan(model.path.sigma_max), dtype=torch.float64))
+    return model.path.time(clock.angle(first * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 2))
+
+
 LEVELS: dict[str, Callable[[Denoiser, int], Tensor]] = {
     "levels of rho 4": lambda model, n: karras(*ends(model), rho=4.0).times(model.path, n),
-    "quadratic levels": lambda model, n: quadratic(model, n),
+    "quadratic levels": quadratic,
     "levels learned for ancestral": lambda model, n: learn_schedule(model, solver="ancestral", steps=[n]).times(model.path, n),
     "levels learned for DPM++ 2M": lambda model, n: learn_schedule(model, solver="dpmpp_2m", steps=[n]).times(model.path, n),
 }
@@ -68,17 +81,6 @@ TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
 GUIDANCE = (0.5, 2.0, 8.0)
 OTHER_STEPS = (1, 2, 3, 6, 8, 10)
 COUNT = 2000
-
-
-def ends(model: Denoiser) -> tuple[float, float]:
-    return model.path.sigma_min, model.path.sigma_max
-
-
-def quadratic(model: Denoiser, steps: int) -> Tensor:
-    """Levels at the squares of evenly spaced times of the linear-beta VP path."""
-    clock = VP()
-    first = clock.time(torch.tensor(math.atan(model.path.sigma_max), dtype=torch.float64))
-    return model.path.time(clock.angle(first * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 2))
 
 
 def drawn(sampler: Sampler, data: Data, count: int, seed: int) -> Tensor:

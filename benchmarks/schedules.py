@@ -323,9 +323,9 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
     }
 
 
-def fill_cell(model: Model, seed: int, peers: Peers, before: dict) -> dict | None:
+def fill_cell(model: Model, peers: Peers, before: dict) -> dict | None:
     """An earlier row with the peers that it lacks, or None where it lacks none."""
-    solver, steps = before["solver"], before["steps"]
+    solver, steps, seed = before["solver"], before["steps"], before["seed"]
     names = [name for name in peers.names(model.plan, steps, seed) if name not in before["methods"]]
     if not names:
         return None
@@ -400,7 +400,7 @@ def run(args: argparse.Namespace) -> None:
                     start = time.perf_counter()
                     known = before.get((name, solver, steps, seed))
                     if args.fill:
-                        row = fill_cell(model, seed, peers, known) if known else None
+                        row = fill_cell(model, peers, known) if known else None
                     else:
                         row = run_cell(model, solver, steps, seed, curve, peers, known)
                     if row is None:
@@ -447,6 +447,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.again or args.fill) and not args.add:
         parser.error("--again and --fill go with --add")
+    if args.again and args.fill:
+        parser.error("--again runs the cells that --fill only adds to: give one of them")
     args.known = json.loads(args.out.read_text()) if args.add and args.out.exists() else {}
     if not args.draw:
         run(args)
