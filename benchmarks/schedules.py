@@ -5,6 +5,7 @@
     python benchmarks/schedules.py --add ...                            only cells that the JSON lacks; its others stay
     python benchmarks/schedules.py --add --again ...                    all cells, but the fitted peers' errors from the JSON
     python benchmarks/schedules.py --add --fill ...                     only the peers that cells of the JSON lack
+    python benchmarks/schedules.py --add --judge ...                    finished rows of fewer noises judged on this plan's
     python benchmarks/schedules.py --draw                               only the summary and the figure, from the rows
 
 RUN: folders of `fewstep train --data digits`, with its defaults, and of `--data fashion-mnist`. DATA: folders with idx
@@ -101,7 +102,7 @@ class Plan:
 
 MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 1024, 300, (4, 5, 6, 8, 10, 15, 20), 3, (6,), 512)
 DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 256, 300, (4, 5, 6, 8, 10), 3, (6,), 512)
-NETWORKS = Plan(SOLVERS[:4], (6, 8, 4, 10), 1, 128, 96, (6,), 1, (6,), 32)
+NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 1, 256, 96, (6,), 1, (6,), 32)
 
 
 class Model:
@@ -305,11 +306,6 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
         thetas[name], methods[name] = theta, cost | {"sigmas": [*digits_of(torch.tan(theta)), 0.0]}
 
     squares = judge(model, solver, seed, methods, thetas)
-    methods = (before or {}).get("methods", {}) | methods
-    against = {}
-    for label, names in (*((name, (name,)) for name in GUARDED), ("standard", STANDARD), ("free", FREE)):
-        rival = min(names, key=lambda name: float(squares[name].mean()))
-        against[label] = {"rival": rival} | {k: rounded(v) for k, v in ratio(squares[OURS], squares[rival]).items()}
     return {
         "model": model.name,
         "solver": solver,
@@ -318,9 +314,32 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
         "range": [model.low, model.high],
         "noises": len(model.reference(seed, "test").noise),
         "ours": about,
-        "against": against,
-        "methods": methods,
+        "against": rivals(squares),
+        "methods": (before or {}).get("methods", {}) | methods,
     }
+
+
+def judge_cell(model: Model, peers: Peers, before: dict) -> dict:
+    """An earlier row with all of its levels judged on this plan's noises, those of a fitted peer anew where they are lost."""
+    solver, steps, seed = before["solver"], before["steps"], before["seed"]
+    methods = {
+        name: {k: cell[k] for k in ("evaluations", "gradients", "seconds", "sigmas")}
+        if "sigmas" in cell
+        else dict(peers.levels(model, solver, steps, seed, name))
+        for name, cell in before["methods"].items()
+    }
+    squares = judge(model, solver, seed, methods, {name: angles(m["sigmas"]) for name, m in methods.items()})
+    noises = len(model.reference(seed, "test").noise)
+    return before | {"noises": noises, "against": rivals(squares), "methods": methods}
+
+
+def rivals(squares: dict[str, Tensor]) -> dict[str, dict]:
+    """Our errors against those of the levels that the guard knows, of the best published free ones and the best free ones."""
+    against = {}
+    for label, names in (*((name, (name,)) for name in GUARDED), ("standard", STANDARD), ("free", FREE)):
+        rival = min(names, key=lambda name: float(squares[name].mean()))
+        against[label] = {"rival": rival} | {k: rounded(v) for k, v in ratio(squares[OURS], squares[rival]).items()}
+    return against
 
 
 def fill_cell(model: Model, peers: Peers, before: dict) -> dict | None:
@@ -383,6 +402,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"no model {', '.join(unknown)}: give its folders (see --help), or one of {', '.join(made)}")
     models: dict[str, Model] = {}
     before = {key(cell): row_of(cell) for cell in args.known.get("cells", ())}
+    finished = {key(row): row for row in rows_in(args.rows)}
     peers = Peers(rows_in(args.rows) + (rows_in(args.peers) if args.peers else []))
     for seed in range(args.seeds if args.seeds is not None else 3):
         for name in names:
@@ -392,7 +412,8 @@ def run(args: argparse.Namespace) -> None:
             if seed >= model.plan.seeds and args.seeds is None:
                 continue
             for solver in (s for s in model.plan.solvers if not args.solvers or s in args.solvers):
-                done = {key(row) for row in rows_in(args.rows)} | (set() if args.again or args.fill else before.keys())
+                done = set() if args.judge else {key(row) for row in rows_in(args.rows)}
+                done |= set() if args.again or args.fill or args.judge else before.keys()
                 curve = Curve(model, solver, seed)
                 for steps in (n for n in model.plan.steps if not args.steps or n in args.steps):
                     if (name, solver, steps, seed) in done:
@@ -401,6 +422,9 @@ def run(args: argparse.Namespace) -> None:
                     known = before.get((name, solver, steps, seed))
                     if args.fill:
                         row = fill_cell(model, peers, known) if known else None
+                    elif args.judge:
+                        row = finished.get((name, solver, steps, seed))
+                        row = judge_cell(model, peers, row) if row and row["noises"] < model.plan.tests else None
                     else:
                         row = run_cell(model, solver, steps, seed, curve, peers, known)
                     if row is None:
@@ -441,14 +465,15 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="cells of --out, if of the same models, count as finished and stay")
     parser.add_argument("--again", action="store_true", help="with --add: they are run again, but for the fitted peers")
     parser.add_argument("--fill", action="store_true", help="with --add: only the peers that they lack, at their seeds")
+    parser.add_argument("--judge", action="store_true", help="only finished rows of fewer noises, judged again on this plan's")
     parser.add_argument("--draw", action="store_true", help="only the summary and the figure")
     parser.add_argument("--no-draw", action="store_true", help="only the rows: another command is at work as well")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     if (args.again or args.fill) and not args.add:
         parser.error("--again and --fill go with --add")
-    if args.again and args.fill:
-        parser.error("--again runs the cells that --fill only adds to: give one of them")
+    if args.again + args.fill + args.judge > 1:
+        parser.error("--again runs cells anew, --fill adds peers to them, --judge judges their levels: give one of them")
     args.known = json.loads(args.out.read_text()) if args.add and args.out.exists() else {}
     if not args.draw:
         run(args)
