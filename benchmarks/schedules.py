@@ -177,6 +177,8 @@ def available(args: argparse.Namespace) -> dict[str, Callable[[], Model]]:
         images, denoiser = load_data(data, folder, size), load_denoiser(run)
         if name == "mnist_slim":
             denoiser = denoiser.to(memory_format=torch.channels_last)  # a sixth faster
+        if args.compile and plan is NETWORKS:
+            next(m for m in denoiser.modules() if not isinstance(m, Denoiser)).compile(dynamic=False)
         return Model(name, plan, denoiser, images.train, images.test[:2000], args.rows, sigma_min)
 
     made: dict[str, Callable[[], Model]] = {
@@ -466,6 +468,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="with --add: they are run again, but for the fitted peers")
     parser.add_argument("--fill", action="store_true", help="with --add: only the peers that they lack, at their seeds")
     parser.add_argument("--judge", action="store_true", help="only finished rows of fewer noises, judged again on this plan's")
+    parser.add_argument("--compile", action="store_true", help="the convolutions by torch.compile; needs a C++ compiler")
     parser.add_argument("--draw", action="store_true", help="only the summary and the figure")
     parser.add_argument("--no-draw", action="store_true", help="only the rows: another command is at work as well")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
