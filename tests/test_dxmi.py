@@ -21,6 +21,7 @@ from fewstep.goal import Goal, make_goal
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Cosine, Linear, Tabulated
+from fewstep.run import load_tree, record
 from fewstep.sampler import Sampler, in_steps, posterior_std
 from fewstep.schedule import karras
 from fewstep.training import make_denoiser
@@ -79,7 +80,7 @@ def test_the_sampler_step_moves_the_sampler_only_and_the_value_step_the_value_on
     before = {k: v.clone() for k, v in state.state_dict()["sampler"].items()}
     value_before = {k: v.clone() for k, v in state.value.state_dict().items()}
     states = torch.randn(4, 6, 2)
-    sampler_step(state, GOAL, states[:-1], torch.randn(3, 6, 2))
+    sampler_step(state, GOAL, torch.arange(6) % 3, states[0], torch.randn(6, 2))
     assert all(torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
     moved = {k: v.clone() for k, v in state.sampler.state_dict().items()}
     assert any(not torch.equal(v, before[k]) for k, v in moved.items())
@@ -95,9 +96,9 @@ def test_with_entropy_only_the_noise_finds_the_maximum_entropy_of_the_bound():
     state.value.critic.last.bias.data.zero_()
     state.sampler_optimiser.param_groups[0]["lr"] = 0.0
     state.sampler_optimiser.param_groups[1]["lr"] = 0.05
-    x = torch.randn(3, 1000, 2)
+    i, x = torch.arange(3000) % 3, torch.randn(3000, 2)
     for _ in range(300):
-        sampler_step(state, GOAL, x, torch.randn(3, 1000, 2))
+        sampler_step(state, GOAL, i, x, torch.randn(3000, 2))
     best = state.back_variance.sqrt() / state.back_scale
     assert torch.allclose(state.sampler.std()[1:2], best[1:2], rtol=0.05)
     assert state.sampler.std()[2].item() == pytest.approx(state.config.last_std)
@@ -157,7 +158,7 @@ def test_with_a_density_a_structured_energy_starts_from_it_and_frozen_parts_stay
     assert torch.equal(state.value.energy(x), state.value.tau * state.value.density(x, 3))
     for _ in range(2):
         value_step(state, GOAL, [(torch.randn(6, 2), None)], torch.randn(4, 6, 2))
-        sampler_step(state, GOAL, torch.randn(3, 6, 2), torch.randn(3, 6, 2))
+        sampler_step(state, GOAL, torch.arange(6) % 3, torch.randn(6, 2), torch.randn(6, 2))
     assert float(energy.b) == 0
     assert not energy.b.requires_grad
     assert float(energy.a.detach()) != 3
@@ -433,6 +434,31 @@ def checked(state: FinetuneState):
             assert all(bool(torch.isfinite(v).all()) for v in state.value.state_dict().values())
         before = state.rolled_back
         yield metrics
+
+
+@pytest.mark.parametrize("part", ["sampler", "value"])
+def test_what_is_not_finite_never_reaches_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str):
+    """The step that spoils the weights is the one before a save, and its metrics, taken before it, are fine."""
+    state = state_of(iterations=150, density_iterations=0)
+    spoilt = []
+
+    def spoil(state: FinetuneState, *rest) -> dict[str, float]:
+        metrics = dxmi.iterate(state, *rest)
+        if state.step == 99 and not spoilt:
+            spoilt.append(metrics)
+            list(getattr(state, part).parameters())[-1].data.fill_(math.inf)
+        return metrics
+
+    monkeypatch.setattr(finetuning, "iterate", spoil)
+    saved = []
+    for _ in record(tmp_path, state, finetune(state, torch.randn(50, 2))):
+        if state.step == 100 and not saved:
+            saved.append(load_tree(tmp_path / "checkpoint.safetensors"))
+    assert all(math.isfinite(v) for v in spoilt[0].values())
+    assert state.rolled_back == 1
+    for tree in (*saved, load_tree(tmp_path / "checkpoint.safetensors")):
+        numbers = [v for name in ("sampler", "value", "averaged", "averaged_value") for v in tree[name].values()]
+        assert all(bool(torch.isfinite(v).all()) for v in numbers)
 
 
 @pytest.mark.parametrize(

@@ -277,30 +277,29 @@ def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) ->
 
 
 def sampler_step(
-    state: FinetuneState, goal: Goal, x: Tensor, noise: Tensor, cond: Cond = None, processes: Processes = ALONE
+    state: FinetuneState, goal: Goal, i: Tensor, x: Tensor, noise: Tensor, cond: Cond = None, processes: Processes = ALONE
 ) -> dict[str, float]:
-    """One step of the sampler on states and noise (N, b, *d): expected value of the next state plus running cost."""
-    steps, b = x.shape[:2]
-    i, x, every = torch.arange(steps, device=x.device).repeat_interleave(b), x.flatten(0, 1), joined([cond] * steps)
+    """One step of the sampler on transitions from x (b, *d) in steps i (b,), with noise like x: expected value plus cost."""
     before = None
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
-        law = state.sampler.step(x, i, every)
+        law = state.sampler.step(x, i, cond)
     if state.step % PACE_EVERY == 0:  # in full precision: an iteration moves the steps by less than bfloat16 resolves
         with torch.no_grad():
-            before = state.sampler.step(x, i, every) if state.config.bf16 else law
-    x_next = law.at(noise.flatten(0, 1))
+            before = state.sampler.step(x, i, cond) if state.config.bf16 else law
+    x_next = law.at(noise)
     learned = [p for p in state.value.parameters() if p.requires_grad]  # an energy of the user's may have frozen parts
     for p in learned:
         p.requires_grad_(False)
-    reward = torch.as_tensor(reward_cost(state, goal, x_next[-b:])).mean() / steps
-    to_go = next_value(state, x_next, i + 1, every).mean() + reward
+    finished = i == state.sampler.steps - 1
+    reward = torch.as_tensor(reward_cost(state, goal, x_next[finished])).sum() / len(x)
+    to_go = next_value(state, x_next, i + 1, cond).mean() + reward
     cost = running_cost(state, i, x, x_next, law.std).mean()
-    norm = take_step(state.sampler_optimiser, steps * (to_go + cost), processes, state.config.clip)
+    norm = take_step(state.sampler_optimiser, state.sampler.steps * (to_go + cost), processes, state.config.clip)
     for p in learned:
         p.requires_grad_(True)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
     if before is not None:
-        keep_pace(state, processes.mean({"kl": divergence(state, before, x, i, every)})["kl"])
+        keep_pace(state, processes.mean({"kl": divergence(state, before, x, i, cond)})["kl"])
     return found | {"gradient_norm": norm, "pace": state.pace}
 
 
@@ -392,7 +391,9 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     learning = state.step < config.density_iterations
     n = 1 if learning else config.critic_steps
     rows = goal.rows(n * config.batch_size, state.generator).reshape(n, -1)
-    noise = torch.randn(2 * steps + 1 + n, config.batch_size, *goal.data.shape[1:], generator=state.generator)
+    redrawn = 1 if config.transitions == "one" and not learning else steps
+    drawn = 1 + steps + redrawn + n
+    noise = torch.randn(drawn, config.batch_size, *goal.data.shape[1:], generator=state.generator)
     rows, noise = processes.share(rows, 1), processes.share(noise, 1).to(goal.data)
     data, conds = goal.data[rows.to(goal.data.device)], [condition(goal, part) for part in rows]
     if learning:
@@ -402,7 +403,7 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
     for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, config.lr_value), strict=True):
         group["lr"] = lr * state.left
-    start, on_the_way, redrawn, last = noise.tensor_split((1, steps + 1, 2 * steps + 1))
+    start, on_the_way, again, last = noise.split((1, steps, redrawn, n))
     start = sampler.start_from(start[0])
     with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
         states = sampler.rollout(start, cond=conds[0], noise=on_the_way)
@@ -413,7 +414,14 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
 
     smoothed = data + float(sampler.last_std) * last
     metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, conds[0], processes)
-    metrics |= sampler_step(state, goal, states[:-1], redrawn, conds[0], processes)
+    if config.transitions == "one":  # another one of each rollout in every iteration, as many of each step
+        i = torch.arange(config.batch_size) * steps // config.batch_size + state.step
+        i = processes.share(i % steps).to(data.device)
+        x, cond = states[i, torch.arange(len(i), device=data.device)], conds[0]
+    else:
+        i = torch.arange(steps, device=data.device).repeat_interleave(len(states[0]))
+        x, cond = states[:-1].flatten(0, 1), joined([conds[0]] * steps)
+    metrics |= sampler_step(state, goal, i, x, again.flatten(0, 1), cond, processes)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
     metrics |= processes.mean({"sample_std": float(states[-1].std())})
