@@ -297,6 +297,23 @@ def starts(result: dict | None = None) -> str:
     return "\n".join(lines)
 
 
+def iterations(result: dict | None = None) -> str:
+    result = result or read("iterations")
+    lines = [
+        f"**An iteration of fine-tuning** (`python benchmarks/iterations.py --mnist`, {result['date']}, CPU milliseconds, the "
+        f"median of {result['rounds']} rounds; in brackets the range of the rounds' ratios)",
+        "",
+        "| model | steps | batch | published | fewstep | `--transitions one` | published / fewstep | published / `one` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = [f"{row['ms'][name]:.0f}" for name in ("published", "all", "one")]
+        ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*row[f"published_over_{name}"]) for name in ("all", "one")]
+        cells = (row["model"], row["steps"], row["batch_size"], *times, *ratios)
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def read(name: str) -> dict:
     return json.loads((HERE / f"{name}.json").read_text())
 
@@ -379,7 +396,7 @@ def summary() -> str:
 
 
 def main() -> int:
-    tables = (summary, demo, gaussians8, toys, images, ablations, preferences, anomalies, schedules, uses, starts)
+    tables = (summary, demo, gaussians8, toys, images, ablations, preferences, anomalies, schedules, uses, starts, iterations)
     stale = []
     for page in PAGES:
         old = text = page.read_text()

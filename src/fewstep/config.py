@@ -173,8 +173,8 @@ class FinetuneConfig:
     """Steps of value and energy on each batch of rollouts, with fresh data each. More of them steady the classes of some short
     runs; small data are learned by heart (docs/log.md)."""
     transitions: Literal["all", "one"] = "all"
-    """Of each rollout, what the sampler learns from in an iteration: all of its transitions, or one, as the paper has it, which
-    makes an iteration of a convolutional model 2 to 4 times as fast and the gradient noisier (docs/log.md)."""
+    """Of each rollout, what sampler and value learn from in an iteration: all of its transitions, or one, in turn. The paper's
+    sampler takes one. The iteration is cheaper, most so of many steps, and the gradients noisier (docs/log.md)."""
     lr_density: Positive = 2e-3
     """Adam's rate for the density; it falls to 0 along a cosine."""
     tau: NotNegative | None = None

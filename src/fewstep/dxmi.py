@@ -8,7 +8,7 @@ back-propagation through the chain, no MCMC. V(x, i) = tau A(x, i) + C(x, i), th
 First A, from the data alone (`density_loss`). Then, per iteration, on one batch of fresh rollouts:
 
     energy   mean C(data, N) - mean C(x_N, N) + gamma (mean C(data, N)^2 + mean C(x_N, N)^2)
-    value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once
+    value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once (config.transitions)
     sampler  V(x'_{i+1}, i+1) + c_i,  x'_{i+1} redrawn from the policy, gradient through one transition only
     c_i    = tau ( -log std_i + |x_i - k_i x_{i+1}|^2 / (2 s_i^2) )     running cost, mean per dimension
 
@@ -217,35 +217,41 @@ def value_step(
     goal: Goal,
     batches: list[tuple[Tensor, Cond]],
     states: Tensor,
+    i: Tensor,
     cond: Cond = None,
     processes: Processes = ALONE,
 ) -> dict[str, float]:
     """A step of energy and value together on each batch of data (b, *d) and on rollouts (N+1, b, *d), which stay the same.
 
-    Returns the metrics of the first one, of rollouts that are new to the energy, and the largest norm of the gradient,
-    or one that is not finite.
+    i: (k, b), the k steps of each rollout whose transitions the value learns from. Returns the metrics of the first batch, of
+    rollouts that are new to the energy, and the largest norm of the gradient, or one that is not finite.
     """
     value, steps, b = state.value, state.sampler.steps, states.shape[1]
-    i = torch.arange(steps + 1, device=states.device).repeat_interleave(b)
-    x, every = states.flatten(0, 1), [cond] * (steps + 1)
+    rows = torch.arange(b, device=states.device)
+    now, last = (i * b + rows).flatten(), steps * b + rows  # of the states one after another, ((N+1) b, *d)
+    needed, index = torch.cat([now, now + b, last]).unique(return_inverse=True)
+    now, later, last = index.tensor_split((len(now), 2 * len(now)))
+    x, j, own = states.flatten(0, 1)[needed], needed // b, chosen(cond, needed % b)
+    i = i.flatten()
     with torch.no_grad():
-        costs = running_cost(state, i[:-b], x[:-b], x[b:], state.sampler.std()[i[:-b]]).reshape(steps, b)
+        costs = running_cost(state, i, x[now], x[later], state.sampler.std()[i])
         if value.shared:
-            costs = time_cost(state.config.time_cost, steps).to(x)[:, None].repeat(1, b)
+            costs = time_cost(state.config.time_cost, steps).to(x)[i]
         if value.density_net is not None:
-            costs = costs + value.tau * value.density(x, i, joined(every)).reshape(-1, b).diff(dim=0)
-        costs[-1] += reward_cost(state, goal, states[-1])
-    last, found, norms = torch.full((b,), steps, device=states.device), dict[str, Tensor](), list[float]()
+            density = value.density(x, j, own)
+            costs = costs + value.tau * (density[later] - density[now])
+        finished = i == steps - 1
+        costs[finished] += reward_cost(state, goal, x[later[finished]])
+    found, norms = dict[str, Tensor](), list[float]()
     for data, data_cond in batches:
-        both = torch.cat([x, data]), torch.cat([i, last]), joined([*every, data_cond])
-        correction = value.correction(*both).reshape(-1, b)
-        *known, of_generated, of_data = correction
-        target = correction[1:-1].detach() + costs
+        both = torch.cat([x, data]), torch.cat([j, j.new_full((b,), steps)]), joined([own, data_cond])
+        generated, of_data = value.correction(*both).split((len(x), b))
+        of_generated, target = generated[last], generated[later].detach() + costs
         if not value.shared:  # only differences within a step matter, and the constants of A are arbitrary
-            target -= processes.average(target.mean(1, keepdim=True))
+            target = target - mean_of_step(target, i, steps, processes)[i]
         gap = of_data.mean() - of_generated.mean()
         energy_loss = gap + state.config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
-        value_loss = ((target - torch.stack(known)) ** 2).mean()
+        value_loss = ((target - generated[now]) ** 2).mean()
         # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
         norms.append(take_step(state.value_optimiser, energy_loss + steps * value_loss, processes))
         if not found:
@@ -253,6 +259,18 @@ def value_step(
             found["value_loss"] = value_loss
     worst = next((norm for norm in norms if not norm < math.inf), max(norms))
     return processes.mean({k: float(v.detach()) for k, v in found.items()}) | {"value_gradient_norm": worst}
+
+
+def mean_of_step(values: Tensor, i: Tensor, steps: int, processes: Processes) -> Tensor:
+    """The mean of the values (m,) of each step i (m,), over all processes: (N,), 0 where there is none."""
+    of_step = torch.nn.functional.one_hot(i, steps).to(values)
+    total, count = processes.average(torch.stack([values @ of_step, of_step.sum(0)]))
+    return total / count.clamp(min=1 / processes.count)
+
+
+def chosen(cond: Cond, rows: Tensor) -> Cond:
+    """These rows of each argument of a condition."""
+    return None if cond is None else {name: each[rows] for name, each in cond.items()}
 
 
 def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) -> Tensor:
@@ -413,14 +431,15 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
         state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - state.velocity_decay)
 
     smoothed = data + float(sampler.last_std) * last
-    metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, conds[0], processes)
+    of_rollout = torch.arange(config.batch_size)
     if config.transitions == "one":  # another one of each rollout in every iteration, as many of each step
-        i = torch.arange(config.batch_size) * steps // config.batch_size + state.step
-        i = processes.share(i % steps).to(data.device)
-        x, cond = states[i, torch.arange(len(i), device=data.device)], conds[0]
+        i = ((of_rollout * steps // config.batch_size + state.step) % steps)[None]
     else:
-        i = torch.arange(steps, device=data.device).repeat_interleave(len(states[0]))
-        x, cond = states[:-1].flatten(0, 1), joined([conds[0]] * steps)
+        i = torch.arange(steps)[:, None].expand(-1, config.batch_size)
+    i = processes.share(i, 1).to(data.device)
+    metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, i, conds[0], processes)
+    rows = torch.arange(i.shape[1], device=data.device).expand_as(i).flatten()
+    x, i, cond = states[i.flatten(), rows], i.flatten(), chosen(conds[0], rows)
     metrics |= sampler_step(state, goal, i, x, again.flatten(0, 1), cond, processes)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
