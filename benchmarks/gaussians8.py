@@ -206,7 +206,7 @@ def of_published(start: Start, settings: published.Settings, seed: int, scale: S
     first, data = start(seed, scale.iterations(TRAIN.iterations))
     began = time.process_time()
     short = dataclasses.replace(settings, seed=seed, iterations=scale.iterations(settings.iterations))
-    run = published.Run(first.denoiser, first.times, short)
+    run = published.Run.of(first.denoiser, first.times, short)
     iterations = sum(1 for _ in published.learn(run, data))
     seconds = time.process_time() - began
     g, chain = torch.Generator().manual_seed(77), run.chain

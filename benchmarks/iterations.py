@@ -28,7 +28,8 @@ from torch import Tensor
 import published
 from fewstep.config import FinetuneConfig, TrainConfig
 from fewstep.denoiser import Denoiser
-from fewstep.dxmi import FinetuneState, iterate, make_state, start_sampler
+from fewstep.dxmi import iterate, make_state, start_sampler
+from fewstep.energy import Value
 from fewstep.goal import make_goal
 from fewstep.models import load_denoiser
 from fewstep.sampler import Sampler
@@ -60,30 +61,18 @@ class Chain(published.Chain):
         return self.sampler.start(n, self.shape, generator).flatten(1)
 
 
-class TimeValue(torch.nn.Module):
+class TimeValue(published.TimeValue):
     """The same of our value, which without a density is the paper's."""
 
-    def __init__(self, state: FinetuneState, shape: tuple[int, ...]):
-        super().__init__()
-        self.value, self.shape = state.value, shape
+    def __init__(self, value: Value, shape: tuple[int, ...]):
+        torch.nn.Module.__init__(self)
+        self.value, self.shape = value, shape
 
     def forward(self, x: Tensor, i: int | Tensor) -> Tensor:
         return self.value(x.reshape(-1, *self.shape), i)
 
     def energy(self, x: Tensor) -> Tensor:
         return self(x, self.value.steps)
-
-
-class Run(published.Run):
-    """The published loop on these two, with its own optimisers."""
-
-    def __init__(self, state: FinetuneState, shape: tuple[int, ...], settings: published.Settings):
-        self.settings, self.chain, self.value = settings, Chain(state.sampler, shape), TimeValue(state, shape)
-        groups = [{"params": self.chain.net.parameters()}, {"params": [self.chain.log_std], "lr": settings.lr_std}]
-        self.sampler_optimiser = torch.optim.Adam(groups, lr=settings.lr, fused=True)
-        self.value_optimiser = torch.optim.Adam(self.value.parameters(), lr=settings.lr_value, fused=True)
-        self.velocity = (2 * self.chain.log_stds()).exp().detach()
-        self.generator = torch.Generator().manual_seed(settings.seed)
 
 
 def loops(denoiser: Denoiser, shape: tuple[int, ...], steps: int, batch_size: int) -> dict[str, Callable[[], object]]:
@@ -106,7 +95,8 @@ def loops(denoiser: Denoiser, shape: tuple[int, ...], steps: int, batch_size: in
         return one
 
     settings = published.Settings(batch_size=batch_size)
-    run = Run(make_state(denoiser, times, FinetuneConfig(density_iterations=0), shape), shape, settings)
+    bare = make_state(denoiser, times, FinetuneConfig(density_iterations=0), shape)
+    run = published.Run(Chain(bare.sampler, shape), TimeValue(bare.value, shape), settings)
     flat = data.flatten(1)[:batch_size]
     config = FinetuneConfig(density_iterations=1, batch_size=batch_size, velocity_decay=0.99)
     return {

@@ -128,17 +128,22 @@ class TimeValue(nn.Module):
 class Run:
     """A chain and its value, their optimisers and the velocities' scales."""
 
-    def __init__(self, denoiser: OnPath, times: Tensor, settings: Settings):
-        self.settings, self.chain = settings, Chain(denoiser, times, settings.last_std)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.value = TimeValue(self.chain.radius)
+    def __init__(self, chain: Chain, value: TimeValue, settings: Settings):
+        self.settings, self.chain, self.value = settings, chain, value
         # fused, which costs less than a loop over the weights: the clock is not to be won by another kernel
         groups = [{"params": self.chain.net.parameters()}, {"params": [self.chain.log_std], "lr": settings.lr_std}]
         self.sampler_optimiser = torch.optim.Adam(groups, lr=settings.lr, fused=True)
         self.value_optimiser = torch.optim.Adam(self.value.parameters(), lr=settings.lr_value, fused=True)
         self.velocity = (2 * self.chain.log_stds()).exp().detach()
         self.generator = torch.Generator().manual_seed(settings.seed)
+
+    @classmethod
+    def of(cls, denoiser: OnPath, times: Tensor, settings: Settings) -> Run:
+        """From a model of `fewstep train`, with an untrained value."""
+        chain = Chain(denoiser, times, settings.last_std)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return cls(chain, TimeValue(chain.radius), settings)
 
     def running_cost(self, i: int | Tensor, x: Tensor, x_next: Tensor, log_std: Tensor) -> Tensor:
         """c_i of transitions (b, d) in step(s) i with log noise () or (b,): (b,)."""

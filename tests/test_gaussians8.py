@@ -48,7 +48,7 @@ def test_with_a_value_of_zero_the_published_noise_takes_the_velocity_for_its_own
     """tau alone: -log std + (|m|^2 + std^2)/(2 s^2) per dimension is least at std = s, for a velocity that is held."""
     start = untrained()
     settings = published.Settings(tau=1.0, velocity_decay=1.0, lr=0.0, lr_std=0.05, lr_value=0.0, batch_size=32)
-    run = published.Run(start.denoiser, start.times, settings)
+    run = published.Run.of(start.denoiser, start.times, settings)
     torch.nn.init.zeros_(run.value.mlp.leave.weight)
     torch.nn.init.zeros_(run.value.mlp.leave.bias)
     run.velocity *= 1.5**2
@@ -62,7 +62,7 @@ def test_with_a_value_of_zero_the_published_noise_takes_the_velocity_for_its_own
 def test_the_published_value_is_the_cost_to_go():
     """With E held at its start, the value of a step whose next value is known is its running cost plus that."""
     start = untrained()
-    run = published.Run(start.denoiser, start.times, published.Settings(tau=0.5))
+    run = published.Run.of(start.denoiser, start.times, published.Settings(tau=0.5))
     x, x_next = torch.randn(2, 6, 2)
     std = float(run.chain.log_std[1].detach())
     velocity = (x - x_next).square().sum(1) / 2 / (2 * math.exp(2 * std))
@@ -80,7 +80,7 @@ def test_the_published_value_is_the_cost_to_go():
 
 def test_the_published_algorithm_brings_samples_closer():
     start, data = gaussians8.pretrain(0, 100)
-    run = published.Run(start.denoiser, start.times, published.Settings(iterations=80, batch_size=64))
+    run = published.Run.of(start.denoiser, start.times, published.Settings(iterations=80, batch_size=64))
     g, n = torch.Generator().manual_seed(5), 4000
     reference = ring().sample(n, g)
 

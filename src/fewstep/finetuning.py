@@ -25,11 +25,9 @@ def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: fl
     """What is wrong with the last iterations, or None: not finite, collapsed, blown up, or lost to the energy."""
     mean = {name: sum(row[name] for row in window) / len(window) for name in window[0]}
     bad = [name for name, value in mean.items() if not abs(value) < float("inf")]
-    for name, part in (
-        ("the sampler", state.sampler),
-        ("the value", state.value),
-    ):  # the last step's metrics are from before it
-        bad += [name] if not all(bool(torch.isfinite(p).all()) for p in part.parameters()) else []
+    # the last step's metrics are from before it
+    parts = {"the sampler": state.sampler, "the value": state.value}
+    bad += [name for name, part in parts.items() if not all(bool(torch.isfinite(p).all()) for p in part.parameters())]
     if bad:
         return f"{bad[0]} is not finite"
     if "sample_std" not in mean:
