@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep.denoiser import Pretrained
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import ring
+from fewstep.path import VE
 from fewstep.run import read_lines
+from fewstep.sampler import Sampler
+from fewstep.schedule import karras
 from fewstep.training import make_denoiser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gaussians8
+import policy_gradient
 import published
 import toys
 
@@ -135,3 +140,49 @@ def test_toys_are_of_one_size_and_centred():
 def test_rows_have_names_of_their_own():
     known = gaussians8.rows()
     assert len({row.name for row in known}) == len({gaussians8.file_of(Path(), row) for row in known}) == len(known)
+
+
+class Shrink(torch.nn.Module):
+    """A network whose prediction is its input, scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = torch.nn.Parameter(torch.tensor(0.6))
+
+    def forward(self, x, t):
+        return self.by * x
+
+
+def test_the_policy_gradient_is_that_of_the_expected_critic():
+    """For a chain that is linear in x and a critic that is the samples' mean square: the slope of their second moment."""
+    n, shape = 200_000, (2,)
+    denoiser = Pretrained(Shrink(), VE(0.1, 2.0), predicts="x0", shape=shape)
+    sampler = Sampler(denoiser, karras(0.1, 2.0).times(denoiser.path, 3), last_std=0.1)
+    run = policy_gradient.Run(sampler, shape, policy_gradient.Settings(clip=math.inf, lr=0.0))
+    run.critic = lambda x: x.square().mean(1)
+    g = torch.Generator().manual_seed(0)
+    states = sampler.rollout(sampler.start(n, shape, g), g)
+    i = torch.arange(3).repeat_interleave(n)
+    policy_gradient.policy_step(run, states[:-1].flatten(0, 1), i, states[1:].flatten(0, 1), states[-1].repeat(3, 1))
+    by = denoiser.net.by.detach().clone().requires_grad_(True)
+    moment = torch.tensor(2.0**2)
+    for of_x, of_x0, std in zip(sampler.of_x, sampler.of_x0, sampler.std().detach(), strict=True):
+        moment = (of_x + of_x0 * by) ** 2 * moment + std**2
+    (expected,) = torch.autograd.grad(moment, by)
+    found = 3 * 2 * float(denoiser.net.by.grad)  # a mean over the three steps and the two dimensions
+    assert found == pytest.approx(float(expected), rel=0.03)
+
+
+def test_the_policy_gradients_critic_is_high_on_samples_and_its_baseline_learns_it():
+    denoiser = make_denoiser((2,), gaussians8.TRAIN)
+    sampler = Sampler(denoiser, karras(0.1, 10).times(denoiser.path, 3), last_std=0.1)
+    run = policy_gradient.Run(sampler, (2,), policy_gradient.Settings(lr_critic=1e-3))
+    g = torch.Generator().manual_seed(0)
+    data, states = ring().sample(256, g), sampler.rollout(sampler.start(256, (2,), g), g)
+    for _ in range(100):
+        policy_gradient.critic_step(run, data, states)
+    with torch.no_grad():
+        of_samples = run.critic(states[-1])
+        assert float(of_samples.mean() - run.critic(data).mean()) > 1
+        known = run.baseline(states[2], torch.full((256,), 2))
+        assert float((known - of_samples).square().mean()) < 0.5 * float(of_samples.var())
