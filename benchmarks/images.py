@@ -382,8 +382,9 @@ def run(args: argparse.Namespace) -> None:
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def document(folder: Path) -> dict:
-    rows, found = rows_in(folder), {}
+def document(folder: Path, before: dict) -> dict:
+    """What the JSON says; models without rows stay as they were before."""
+    rows, found = rows_in(folder), dict(before.get("models", {}))
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
         own = [row for row in rows if row["model"] == name]
@@ -445,8 +446,9 @@ def main() -> None:
         run(args)
     if args.list or args.no_draw:
         return
-    doc = document(args.rows)
-    write_json(args.out or (args.rows / "images.json" if args.quick else Path(__file__).with_suffix(".json")), doc)
+    out = args.out or (args.rows / "images.json" if args.quick else Path(__file__).with_suffix(".json"))
+    doc = document(args.rows, json.loads(out.read_text()) if out.exists() else {})
+    write_json(out, doc)
     for name, model in doc["models"].items():
         draw(args.rows, name, model["rows"], pictures / f"images_{name}.png")
     print(images(doc))
