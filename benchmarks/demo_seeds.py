@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from fewstep.demo import STEPS, run_demo
+from fewstep.run import write_json
 
 
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     result: dict = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "seeds": []}
     for seed in range(args.seeds):
@@ -40,7 +41,7 @@ def main() -> None:
         kept |= {"Lambda": facts["learned"]["Lambda"], "split_half_error": facts["learned"]["split_half_error"]}
         result["seeds"].append(kept | {f"at_{STEPS}_evaluations": quality})
         print(f"seed {seed}:", *summary, sep="\n  ", flush=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from fewstep.denoiser import Denoiser, OnPath, to_score
 from fewstep.mixture import Mixture, ring
 from fewstep.models import load_denoiser
 from fewstep.path import VE, broadcast
+from fewstep.run import write_json
 from fewstep.schedule import from_costs, log_linear
 
 PROBES = 100
@@ -273,7 +274,7 @@ def main() -> None:
         problem, draws, repeats, tolerance = make()
         result[name] = measure(problem, draws, repeats, arguments.seeds, tolerance)
         print(name, json.dumps(result[name], indent=1), flush=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

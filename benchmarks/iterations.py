@@ -32,6 +32,7 @@ from fewstep.dxmi import iterate, make_state, start_sampler
 from fewstep.energy import Value
 from fewstep.goal import make_goal
 from fewstep.models import load_denoiser
+from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import make_denoiser
@@ -145,7 +146,7 @@ def main() -> None:
             rows[-1] |= measure(loops(denoiser, shape, steps, batch_size), block)
             print(json.dumps(rows[-1]), flush=True)
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "rounds": ROUNDS}
-    args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    write_json(args.out, about | {"rows": rows})
 
 
 if __name__ == "__main__":

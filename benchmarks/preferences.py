@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import math
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from fewstep.goal import make_goal
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.prefer import draw_pairs
 from fewstep.preference import CHOICES, learn_preference
+from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, train
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of FinetuneConfig")
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--picture", default=str(HERE.parent / "docs" / "pictures" / "preferences.png"))
     args = parser.parse_args()
     config = dataclasses.replace(FINETUNE, **dict(pair.split("=", 1) for pair in args.set))
@@ -244,7 +244,7 @@ def main() -> None:
         first = first or shown
         result["rows"] += rows
         result["agreements"] += agreements
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
         picture(Path(args.picture), result["rows"], first)
 
 

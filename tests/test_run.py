@@ -234,3 +234,17 @@ def test_tensorboard_that_is_not_installed_is_named_before_anything_is_made(tmp_
     with pytest.raises(ValueError, match=r"pip install 'fewstep\[tensorboard\]'"):
         commands.finetune("none", Source("digits"), tmp_path / "run", 4, FinetuneConfig(), tensorboard=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_json_is_laid_out_to_be_read_and_says_the_same(tmp_path):
+    document = {"a": 1, 2: None, "text": 'quote " and\nline', "levels": [i / 7 for i in range(300)], "empty": [{}, [], ()]}
+    document["rows"] = [
+        {"seed": k, "long": "x" * 100, "sigmas": [1.5, float("inf")], "x": {"y": [k, {"z": 0}]}} for k in range(3)
+    ]
+    run.write_json(tmp_path / "d.json", document)
+    text = (tmp_path / "d.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps(document))
+    lines = text.splitlines()
+    assert all(len(line) <= 128 for line in lines)
+    assert sum('"x"' in line for line in lines) == 3
+    assert len(lines) < 80

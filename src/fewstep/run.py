@@ -23,6 +23,7 @@ from torch import Tensor
 FORMAT, VERSION = "fewstep.run", 1
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_FORMAT = "fewstep.checkpoint"
+WIDTH = 128  # of a line of JSON
 
 
 class NotARun(ValueError):
@@ -39,8 +40,27 @@ class Resumable(Protocol):
 
 def write_json(file: File, document: Any) -> None:
     draft = File(f"{file}.part")
-    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.write_text(laid_out(document) + "\n")
     os.replace(draft, file)
+
+
+def laid_out(node: Any, indent: str = "") -> str:
+    """JSON to be read and compared: what fits in a line is in one, and numbers and words beside each other share theirs."""
+    line, deeper = json.dumps(node), indent + " "
+    if not isinstance(node, dict | list | tuple) or len(indent) + len(line) <= WIDTH:
+        return line
+    if isinstance(node, dict):
+        values, parts = list(node.values()), [json.dumps({k: None})[1:-5] + laid_out(v, deeper) for k, v in node.items()]
+    else:
+        values, parts = list(node), [laid_out(each, deeper) for each in node]
+    lines, plain = [parts[0]], [not isinstance(value, dict | list | tuple) for value in values]
+    for k, part in enumerate(parts[1:]):
+        if plain[k] and plain[k + 1] and len(deeper) + len(lines[-1]) + len(part) + 3 <= WIDTH:
+            lines[-1] += f", {part}"
+        else:
+            lines.append(part)
+    opening, closing = "{}" if isinstance(node, dict) else "[]"
+    return f"{opening}\n{deeper}" + f",\n{deeper}".join(lines) + f"\n{indent}{closing}"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
