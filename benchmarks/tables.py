@@ -314,6 +314,28 @@ def iterations(result: dict | None = None) -> str:
     return "\n".join(lines)
 
 
+def policy_gradient(result: dict | None = None) -> str:
+    result, ours = result or read("policy_gradient"), read("images")["models"]["digits"]["rows"]
+    settings = result["settings"]
+    lines = [
+        f"**A policy gradient in the place of the value's slope** (SFT-PG, `python benchmarks/policy_gradient.py RUN`, "
+        f"{result['date']}, 8x8 digits, Karras' levels, {settings['iterations']:,} iterations, mean ± standard deviation over "
+        "seeds; the other rows from the table above)",
+        "",
+        "| | evaluations | seeds | FD-pixels | precision | recall |",
+        "|---|---|---|---|---|---|",
+    ]
+    for steps in sorted({row["steps"] for row in result["rows"]}):
+        found = {"policy gradient": [row for row in result["rows"] if row["steps"] == steps]}
+        for name in ("ancestral", "fine-tuned"):
+            method = f"{name}, karras levels"
+            found[name] = [row["at"]["2000"] for row in ours if (row["method"], row["steps"]) == (method, steps)]
+        for name in ("ancestral", "policy gradient", "fine-tuned"):
+            shown = [spread([row[key] for row in found[name]], 3) for key in ("fd", "precision", "recall")]
+            lines.append(f"| {name} | {steps} | {len(found[name])} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def read(name: str) -> dict:
     return json.loads((HERE / f"{name}.json").read_text())
 
@@ -396,7 +418,8 @@ def summary() -> str:
 
 
 def main() -> int:
-    tables = (summary, demo, gaussians8, toys, images, ablations, preferences, anomalies, schedules, uses, starts, iterations)
+    of_samplers = (gaussians8, iterations, toys, images, policy_gradient, ablations, starts, preferences, anomalies)
+    tables = (summary, demo, schedules, uses, *of_samplers)
     stale = []
     for page in PAGES:
         old = text = page.read_text()
