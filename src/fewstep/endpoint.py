@@ -209,6 +209,29 @@ def reference(
     return Reference(torch.cat(starts), x, theta, (first, second), evaluations)
 
 
+@torch.no_grad()
+def denoising_errors(
+    denoiser: Denoiser,
+    known: Reference,
+    draws: int,
+    cond: Mapping[str, Tensor] | None = None,
+    batch_size: int = 512,
+    tick: Callable[[int], object] = ignore,
+) -> Tensor:
+    """E|x_0 - E[x_0 | x_t]|^2 at the reference's levels (k,), summed over dimensions: of its ends, the model's own samples,
+    noised anew. k draws evaluations."""
+    level = torch.arange(len(known.theta)).repeat_interleave(draws)
+    rows, g = torch.arange(len(level)) % len(known.ends), torch.Generator().manual_seed(0)
+    times, found = denoiser.path.time(known.theta)[level], []
+    for part in torch.arange(len(level)).split(batch_size):
+        x0 = known.ends[rows[part].to(known.ends.device)]
+        eps = torch.randn(x0.shape, generator=g, dtype=x0.dtype).to(x0.device)
+        x = denoiser.path.noised(x0, eps, times[part])
+        found.append(squared_errors(denoiser(x, times[part], deal(cond, rows[part])), x0))
+        tick(len(part) * denoiser.evaluations)
+    return torch.cat(found).reshape(-1, draws).mean(1) * known.ends[0].numel()
+
+
 def local_error_costs(bending: tuple[Tensor, Tensor], order: int) -> Tensor:
     """The cost, up to a constant, of each step between the reference's levels (k - 1,), for a solver of order p = 1 or 2;
     a cost of order 2(p + 1)."""

@@ -275,7 +275,8 @@ def check(
     for n, row in now["steps"].items():
         kept = before["kept"][n]
         was, error = number(before["steps"][n]["errors"][kept]), row["errors"]["learned"]
-        before_ratio = number(before["steps"][n]["against_best_free"]["ratio"]) if kept == "learned" else 1.0
+        free = number(before["steps"][n]["errors"][before["steps"][n]["best_free"]])
+        before_ratio = was / free if free > 0 else 1.0
         versus = row["against_best_free"]
         refit |= versus["ratio"] > DRIFT * before_ratio > 0 or (versus["low"] > 1 and versus["ratio"] > WORSE)
         grown = f" ({error / was:.2f} times)" if was > 0 else ""

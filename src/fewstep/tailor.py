@@ -1,13 +1,16 @@
 """Which levels suit this solver?   A curve for every number of steps, refined grids for the numbers asked for.
 
 1. `reference`: where the ODE takes some noises, and how the model's belief bends on the way.
-2. Curves: of equal local error; through the refined levels of one middling number of steps; and the free ones. The one
-   with the least endpoint error, over several numbers of steps and noises that nothing was fitted to, is kept.
+2. Curves: of equal local error; of equal entropy; through the refined levels of one middling number of steps; and free
+   ones. The one with the least endpoint error, over several numbers of steps and noises that nothing was fitted to, is kept.
 3. `refine`: below about ten steps no curve is right for all numbers, so each number asked for gets its own levels.
 
 Nothing differentiates the network. The curve costs at most `budget` evaluations, and every refined number as much again.
 A stochastic solver has no endpoint to compare. Its levels are those of the same solver without the noise (`NOISELESS`): what
 a step gets wrong is the same, the bending of the model's belief, while the noise is right on any levels.
+
+Equal entropy: what the states of a level still leave open about x_0 falls by sigma dH = E|x_0 - D|^2/sigma dlog sigma, in the
+rescaled form of Stancevic et al. (2025); they measure it on data, here it is measured on the model's own ends.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from fewstep.endpoint import (
     Reference,
     Runs,
     deal,
+    denoising_errors,
     ignore,
     level_range,
     local_error_costs,
@@ -36,14 +40,16 @@ from fewstep.endpoint import (
 )
 from fewstep.free import free_schedules
 from fewstep.refine import BUDGET, bounds_of, descend, noises_for, refine
-from fewstep.schedule import Schedule, bend, from_costs, unbend
+from fewstep.schedule import Schedule, bend, from_costs, log_linear, unbend
 from fewstep.solvers import NOISELESS, evaluations_of
 
 NOISES, LEVELS = 128, 48
+LEARNED_CURVES = ("equal local error", "equal entropy")
+DRAWS = 6  # of data and noise per level, for the entropy
 DAMPING = 0.05  # share of the mean length in every step of the curve of equal local error
 TRIED_AT = (5, 9, 16)  # numbers of steps at which the curves compete
 MIDDLING = 8  # the number of steps whose refined levels make a curve
-CONTENDERS = ("karras to data", "log_linear to data", "kl_optimal to data", "linear to data")  # with the two learned ones
+CONTENDERS = ("karras to data", "log_linear to data", "linear to data")  # with the three learned ones
 AT_LEAST = 12  # noises that a curve competes on, and that its levels are fitted to
 
 
@@ -56,9 +62,23 @@ def curve_of(known: Reference, solver: str, pure_noise: bool) -> Schedule:
     """The curve along which a step's local error, squared, is the same everywhere: read to data."""
     order = local_error_order(solver)
     costs = local_error_costs(known.bending, order)
-    return from_costs(
-        known.theta, costs, 2 * (order + 1), DAMPING, name="equal local error", pure_noise=pure_noise, to_data=True
-    )
+    return from_costs(known.theta, costs, 2 * (order + 1), DAMPING, name=LEARNED_CURVES[0], pure_noise=pure_noise, to_data=True)
+
+
+def entropy_curve(known: Reference, errors: Tensor, pure_noise: bool) -> Schedule:
+    """The curve along which the rescaled entropy falls evenly, from `denoising_errors`: read to data."""
+    rate = errors / torch.tan(known.theta)
+    costs = (rate[1:] + rate[:-1]) / 2
+    return from_costs(known.theta, costs, 1, name=LEARNED_CURVES[1], pure_noise=pure_noise, to_data=True)
+
+
+def learned_curves(schedule: Schedule) -> dict[str, Schedule]:
+    """By name: the curves of equal local error and of equal entropy that a schedule of `fit_curve` has in its provenance."""
+    found = {}
+    for name, u in schedule.provenance.get("curves", {}).items():
+        theta = log_linear(*schedule.made_for()).angles(len(u))[:-1]
+        found[name] = Schedule(torch.tensor(u, dtype=torch.float64), theta, name, schedule.pure_noise, to_data=True)
+    return found
 
 
 def split_half_error(known: Reference, solver: str) -> float:
@@ -78,9 +98,9 @@ def through(theta: Tensor, like: Schedule) -> Schedule:
 
 def shares(solver: str, noises: int, budget: int, spent: int) -> tuple[int, int]:
     """How many noises the curves compete on, and how many the levels of the last are fitted to, for a budget of which the
-    reference has spent so much."""
+    reference and the entropy have spent so much."""
     left = budget - spent
-    held, each = noises // 4, sum(evaluations_of(solver, n) for n in TRIED_AT) * (len(CONTENDERS) + 2)
+    held, each = noises // 4, sum(evaluations_of(solver, n) for n in TRIED_AT) * (len(CONTENDERS) + 3)
     moving = evaluations_of(solver, MIDDLING) * (MIDDLING + 21) // 2
     judged = min(held, max(0, int(0.6 * left)) // each)
     moved = min(noises - held, max(0, left - judged * each) // moving)
@@ -89,7 +109,7 @@ def shares(solver: str, noises: int, budget: int, spent: int) -> tuple[int, int]
     if min(judged, moved) < AT_LEAST:
         least = math.ceil(AT_LEAST * max(each / 0.6, each + moving)) + AT_LEAST
         raise ValueError(
-            f"{budget} evaluations are too few to fit a curve, of which the reference takes {spent}: "
+            f"{budget} evaluations are too few to fit a curve, of which the reference and the entropy take {spent}: "
             f"want about {spent + least}, or fewer noises"
         )
     return judged, moved
@@ -97,8 +117,8 @@ def shares(solver: str, noises: int, budget: int, spent: int) -> tuple[int, int]
 
 def require_budget(solver: str, steps: Sequence[int], budget: int, noises: int, start: float | None = None) -> None:
     """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
-    shares(solver, noises, budget, noises * (LEVELS + (MIDWAY_STEPS if start is not None else 0)))
-    starts = len(free_schedules(0.1, 1.0)) + 2
+    shares(solver, noises, budget, noises * (LEVELS + (MIDWAY_STEPS if start is not None else 0)) + DRAWS * LEVELS)
+    starts = len(free_schedules(0.1, 1.0)) + 3
     for n in steps:
         noises_for(solver, n, starts + (n > 1), budget)  # and DMN's
 
@@ -116,16 +136,18 @@ def fit_curve(
     """The best curve for a solver, within `budget` evaluations (twice that where each is two by guidance), the
     reference's included.
 
-    Its provenance holds the errors of all the curves that competed, the split-half error of the learned one and the
-    evaluations spent.
+    Its provenance holds the errors of all the curves that competed, those of `learned_curves`, the split-half error of the
+    first of them and the evaluations spent.
     """
     sigma_max, sigma_min = (float(torch.tan(theta)) for theta in (known.theta[0], known.theta[-1]))
     pure_noise = denoiser.path.ends_in_pure_noise()
-    learned = curve_of(known, solver, pure_noise)
     free = free_schedules(sigma_min, sigma_max, pure_noise=pure_noise)
-    curves = {learned.name: learned} | {name: free[name] for name in CONTENDERS}
-    left = budget * denoiser.evaluations - known.evaluations
-    judged, moved = shares(solver, len(known.noise), budget, known.evaluations // denoiser.evaluations)
+    uncertain = denoising_errors(denoiser, known, DRAWS, cond, batch_size, tick)
+    spent = known.evaluations + DRAWS * len(known.theta) * denoiser.evaluations
+    learned = [curve_of(known, solver, pure_noise), entropy_curve(known, uncertain, pure_noise)]
+    curves = {each.name: each for each in learned} | {name: free[name] for name in CONTENDERS}
+    left = budget * denoiser.evaluations - spent
+    judged, moved = shares(solver, len(known.noise), budget, spent // denoiser.evaluations)
     held = len(known.noise) // 4
     rows = torch.arange(len(known.noise))
     quiet = NOISELESS.get(solver, solver)
@@ -145,7 +167,7 @@ def fit_curve(
     start = bend(curves[best].angles(MIDDLING)[:-1])
     remaining = left - judge.evaluations - judge.evaluations // len(curves)  # the last one is judged as well
     bent, _ = descend(fit, known.ends[fitted], start, bounds_of(denoiser, known.theta), remaining)
-    passing = through(unbend(bent), learned)
+    passing = through(unbend(bent), learned[0])
     curves[passing.name], scores[passing.name] = passing, errors(passing)
     best = min(scores, key=total)
     about = {
@@ -159,8 +181,9 @@ def fit_curve(
         "noises": len(known.noise),
         "split_half_error": split_half_error(known, solver),
         "curve": best,
+        "curves": {each.name: each.u.tolist() for each in learned},
         "curve_errors": {name: dict(zip(map(str, TRIED_AT), score, strict=True)) for name, score in scores.items()},
-        "evaluations": known.evaluations + judge.evaluations + fit.evaluations,
+        "evaluations": spent + judge.evaluations + fit.evaluations,
         "refined": {},
     }
     return replace(curves[best], name=f"learned ({solver})", provenance=about)
@@ -180,8 +203,7 @@ def refine_steps(
     """The schedule of `fit_curve` with a refined grid of this many steps as well; at most `budget` evaluations."""
     solver, about = schedule.provenance["solver"], schedule.provenance
     starts = free_schedules(*schedule.made_for(), [steps], schedule.pure_noise)
-    plain = curve_of(known, solver, schedule.pure_noise)
-    starts |= {plain.name: plain, "the curve": replace(schedule, grids={})}
+    starts |= learned_curves(schedule) | {"the curve": replace(schedule, grids={})}
     found = refine(
         denoiser,
         NOISELESS.get(solver, solver),

@@ -22,9 +22,11 @@ from fewstep.free import free_schedules
 from fewstep.metrics import energy_distance_shares
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, solve
+from fewstep.tailor import LEARNED_CURVES, learned_curves
 
 Squares = dict[int, dict[str, Tensor]]  # by number of steps and name
-OURS = ("learned", "default")  # entrants that are not free schedules
+NO_RIVALS = ("learned", "default")  # entrants that could not stand in the schedule's place
+OURS = (*NO_RIVALS, *LEARNED_CURVES)  # those that are not free schedules
 REPETITIONS = 5  # of a stochastic solver, from every noise
 ENDLESS = 1e9  # a ratio from here on is infinite
 WIDE = 1.15  # an interval's upper end over its lower one
@@ -34,14 +36,19 @@ def entrants(
     schedule: Schedule, steps: Sequence[int], default: Callable[[int], Tensor | None] | None = None
 ) -> dict[int, dict[str, Tensor]]:
     """What is judged: for every number of steps, by name, the angles (steps,) of the schedule ("learned"), of the model's own
-    levels ("default": steps -> angles) and of every free schedule over the same range."""
-    free = free_schedules(*schedule.made_for(), steps, schedule.pure_noise)
+    levels ("default": steps -> angles) and of its `alternatives`."""
+    rivals = alternatives(schedule, steps)
     found = {}
     for n in steps:
         own = default(n) if default is not None else None
         found[n] = {"learned": schedule.angles(n)[:-1]} | ({} if own is None else {"default": own})
-        found[n] |= {name: each.angles(n)[:-1] for name, each in free.items() if name != "dmn" or n in each.grids}
+        found[n] |= {name: each.angles(n)[:-1] for name, each in rivals.items() if name != "dmn" or n in each.grids}
     return found
+
+
+def alternatives(schedule: Schedule, steps: Sequence[int]) -> dict[str, Schedule]:
+    """What could stand in the schedule's place: the free schedules over its range, and the curves learned on the way to it."""
+    return free_schedules(*schedule.made_for(), steps, schedule.pure_noise) | learned_curves(schedule)
 
 
 def squares_of(
@@ -82,8 +89,8 @@ def settle(
     """The verdict, as it stands in the file, from as many noises as it takes: `noises`, doubled up to `doublings` times.
 
     squares(k, m, grids): of the m fresh noises of round k. A number of steps takes part in the next round while the
-    interval of its ratio to the best free schedule is wide and holds 1: where a few noises go astray and make all of the
-    error, some dozens of them say nothing. What is clearly worse than the best free schedule does not (a race).
+    interval of its ratio to the best alternative is wide and holds 1: where a few noises go astray and make all of the
+    error, some dozens of them say nothing. What is clearly worse than that alternative does not (a race).
     """
     known, spent, open_ = {n: dict[str, Tensor]() for n in grids}, 0, grids
     for k in range(doublings + 1):
@@ -107,36 +114,38 @@ def measure_of(solver: str) -> str:
 
 def row_of(squares: Mapping[str, Tensor]) -> dict[str, Any]:
     """One number of steps: the error of every entrant, the best free one, the ratio to it and to the default, with 95 %
-    intervals; given_up: after how many noises those that did not stay to the end were."""
-    learned, best = squares["learned"], best_free(squares)
+    intervals; best_rival: the best of the free ones and the learned curves; given_up: after how many noises those that did not
+    stay to the end were."""
+    learned, best = squares["learned"], best_but(squares, OURS)
     row: dict[str, Any] = {"errors": {name: math.sqrt(max(float(each.mean()), 0.0)) for name, each in squares.items()}}
-    row |= {"best_free": best, "against_best_free": ratio(learned, squares[best])}
+    row |= {"best_free": best, "against_best_free": ratio(learned, squares[best]), "best_rival": best_but(squares, NO_RIVALS)}
     if "default" in squares:
         row["against_default"] = ratio(learned, squares["default"])
     given_up = {name: len(each) for name, each in squares.items() if len(each) < len(learned)}
     return row | {"noises": len(learned)} | ({"given_up": given_up} if given_up else {})
 
 
-def best_free(squares: Mapping[str, Tensor]) -> str:
-    """Of those that have seen all noises."""
-    free = [name for name, each in squares.items() if name not in OURS and len(each) == len(squares["learned"])]
-    return min(free, key=lambda name: float(squares[name].mean()))
+def best_but(squares: Mapping[str, Tensor], left_out: Sequence[str]) -> str:
+    """The entrant with the least mean square of those that have seen all noises."""
+    taking_part = [name for name, each in squares.items() if name not in left_out and len(each) == len(squares["learned"])]
+    return min(taking_part, key=lambda name: float(squares[name].mean()))
 
 
 def undecided(squares: Mapping[str, Tensor]) -> bool:
-    found = ratio(squares["learned"], squares[best_free(squares)])
+    found = ratio(squares["learned"], squares[best_but(squares, NO_RIVALS)])
     return found["low"] <= 1 <= found["high"] and found["high"] > WIDE * found["low"]
 
 
 def still_in(entered: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the free ones whose mean square is above the best free one's by more than two standard errors."""
-    best = best_free(squares)
+    """Without the alternatives whose mean square is above the best one's by more than two standard errors."""
+    best = best_but(squares, NO_RIVALS)
+    staying = (*NO_RIVALS, best, best_but(squares, OURS))
 
     def worse(name: str) -> bool:
         more = squares[name] - squares[best]
         return not float(more.mean()) <= 2 * float(more.std()) / math.sqrt(len(more))
 
-    return {name: theta for name, theta in entered.items() if name in (best, *OURS) or not worse(name)}
+    return {name: theta for name, theta in entered.items() if name in staying or not worse(name)}
 
 
 def _energy_distances(
@@ -189,14 +198,15 @@ def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, fl
 
 
 def guard(schedule: Schedule, verdict: dict[str, Any]) -> Schedule:
-    """The schedule with the best free grid in place of its own wherever that did better; the verdict goes into the file."""
-    free = free_schedules(*schedule.made_for(), [int(n) for n in verdict["steps"]], schedule.pure_noise)
+    """The schedule with the best alternative's grid in place of its own wherever that did better; the verdict goes into the
+    file."""
+    rivals = alternatives(schedule, [int(n) for n in verdict["steps"]])
     grids, kept = dict(schedule.grids), {}
     for n, row in verdict["steps"].items():
-        wins = row["against_best_free"]["ratio"] <= 1
-        kept[n] = "learned" if wins else row["best_free"]
+        wins = row["errors"]["learned"] <= row["errors"][row["best_rival"]]
+        kept[n] = "learned" if wins else row["best_rival"]
         if not wins:
-            grids[int(n)] = free[row["best_free"]].angles(int(n))[:-1]
+            grids[int(n)] = rivals[row["best_rival"]].angles(int(n))[:-1]
     return replace(schedule, grids=grids, provenance=schedule.provenance | {"verdict": verdict | {"kept": kept}})
 
 
@@ -208,7 +218,8 @@ def sentences(verdict: dict[str, Any]) -> list[str]:
         best = f"{interval(versus)} of the best free schedule's ({row['best_free']})"
         said = f", {interval(row['against_default'])} of the model's default's" if "against_default" in row else ""
         kept = verdict.get("kept", {}).get(n, "learned")
-        end = "" if kept == "learned" else f"; it does not win, so the file keeps {kept}"
+        curve = "the curve of " if kept in LEARNED_CURVES else ""
+        end = "" if kept == "learned" else f"; it does not win, so the file keeps {curve}{kept}"
         lines.append(
             f"{n} steps of {verdict['solver']}: {verdict['measure']} {number(row['errors']['learned']):.4g}, {best}{said}{end}"
         )
