@@ -42,7 +42,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from fewstep import models, report
 from fewstep.commands import finetune, generate, load
-from fewstep.config import FinetuneConfig, LearnConfig, Source
+from fewstep.config import FinetuneConfig, LearnConfig, Solver, Source
 from fewstep.data import Data
 from fewstep.denoiser import Denoiser
 from fewstep.fit import fit
@@ -61,7 +61,7 @@ SHORT = 10  # evaluations up to which a cell has --count samples
 SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
-LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
+LEARN = LearnConfig(steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
 SHORT_RUN = FinetuneConfig(iterations=160, density_iterations=600, batch_size=32)
 TUNED = "fine-tuned"
 FINETUNE = {
@@ -75,7 +75,8 @@ QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_d
 
 @dataclass(frozen=True)
 class Cell:
-    """solver: of `fewstep sample`, TUNED or MOVED. levels: own, karras or learned."""
+    """solver: of `fewstep sample`, TUNED or MOVED. levels: own, karras, or learned for the solver, which of what is trained or
+    starts elsewhere is ancestral."""
 
     solver: str
     levels: str
@@ -85,6 +86,10 @@ class Cell:
     @property
     def method(self) -> str:
         return f"{self.solver}, {self.levels} levels"
+
+    @property
+    def steps_like(self) -> Solver:
+        return "dpmpp_2m" if self.solver == "dpmpp_2m" else "ancestral"
 
     def __str__(self) -> str:
         return f"{self.method}, {self.steps} steps, seed {self.seed}"
@@ -243,17 +248,19 @@ class Subject:
         about = {"count": count, "few": self.args.few, "fingerprint": fingerprint(self.denoiser.state_dict().values())}
         return {"model": self.name} | asdict(cell) | about | {"settings": settings}
 
-    def learn_config(self) -> LearnConfig:
-        return replace(QUICK_LEARN if self.args.quick else LEARN, sigma_min=self.range[0], sigma_max=self.range[1])
+    def learn_config(self, solver: Solver) -> LearnConfig:
+        config = QUICK_LEARN if self.args.quick else LEARN
+        return replace(config, solver=solver, sigma_min=self.range[0], sigma_max=self.range[1])
 
     def finetune_config(self, cell: Cell) -> FinetuneConfig:
         config = replace(FINETUNE[self.name], seed=cell.seed)
         return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
-    def schedule(self, levels: str) -> Path:
-        """The file of the karras or the learned schedule, made when it is first asked for."""
+    def schedule(self, levels: str, solver: Solver) -> Path:
+        """The file of the karras schedule, or of the one learned for a solver, made when it is first asked for."""
         if levels == "learned":
-            folder, _ = fit(self.model, None, self.rows / f"schedule-{self.name}", self.learn_config(), device=self.args.device)
+            folder = self.rows / f"schedule-{self.name}-{solver}"
+            fit(self.model, None, folder, self.learn_config(solver), device=self.args.device)
             return folder / "schedule.json"
         file = self.rows / f"{levels}-{self.name}.json"
         karras(*self.range).save(file)
@@ -262,14 +269,15 @@ class Subject:
     def times(self, cell: Cell) -> Tensor:
         if cell.levels == "own":
             return own_times(self.denoiser, cell.steps)
-        return Schedule.load(self.schedule(cell.levels)).times(self.denoiser.path, cell.steps)
+        return Schedule.load(self.schedule(cell.levels, cell.steps_like)).times(self.denoiser.path, cell.steps)
 
     def sampler(self, cell: Cell) -> Sampler:
         """The fine-tuned one, trained when it is first asked for."""
         out = self.rows / f"{cell.solver}-{self.name}-{cell.levels}-{cell.steps}-{cell.seed}"
         config = self.finetune_config(cell)
         if not (out / models.VALUE).exists():
-            finetune(self.model, self.source, out, cell.steps, config, str(self.schedule(cell.levels)), self.args.device)
+            levels = str(self.schedule(cell.levels, cell.steps_like))
+            finetune(self.model, self.source, out, cell.steps, config, levels, self.args.device)
         if models.config_of(FinetuneConfig, read_config(out)["config"]) != config:
             raise SystemExit(f"{out} was made with other settings; remove it")
         return models.load_sampler(out, self.args.device)[0].to(memory_format=torch.channels_last)
@@ -337,7 +345,8 @@ def run_cell(subject: Subject, cell: Cell) -> dict:
     if cell.steps <= SHORT:
         row["sigmas"] = [float(f"{float(sigma):.5g}") for sigma in model.path.ratio(times)]
     if cell.levels == "learned":
-        row["kept"] = Schedule.load(subject.schedule("learned")).provenance["verdict"]["kept"][str(cell.steps)]
+        kept = Schedule.load(subject.schedule("learned", cell.steps_like)).provenance["verdict"]["kept"]
+        row["kept"] = kept[str(cell.steps)]
     return row
 
 
@@ -360,7 +369,8 @@ def run(args: argparse.Namespace) -> None:
     wanted = re.compile(args.only or "")
     for subject in available(args):
         todo: list[tuple[str, bool, Callable[[], object]]] = [
-            (f"{subject.name} schedule", False, partial(subject.schedule, "learned")),
+            (f"{subject.name} schedule for dpmpp_2m", False, partial(subject.schedule, "learned", "dpmpp_2m")),
+            (f"{subject.name} schedule for ancestral", False, partial(subject.schedule, "learned", "ancestral")),
             (f"{subject.name} classifier", False, partial(getattr, subject, "reference")),
         ]
         finished = rows_in(args.rows)

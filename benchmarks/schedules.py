@@ -100,8 +100,8 @@ class Plan:
     batch_size: int
 
 
-MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 1024, 300, (4, 5, 6, 8, 10, 15, 20), 3, (6,), 512)
-DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 256, 300, (4, 5, 6, 8, 10), 3, (6,), 512)
+MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 16_384, 300, (4, 5, 6, 8, 10, 15, 20), 3, (4, 5, 6, 8, 10), 128)
+DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 1024, 300, (4, 5, 6, 8, 10), 3, (6,), 128)
 NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 1, 256, 96, (6,), 1, (6,), 32)
 
 
@@ -375,7 +375,7 @@ def judge(model: Model, solver: str, seed: int, methods: dict[str, dict], thetas
             first = first or log[:1]
             error = squared_errors(x, unseen.ends).nan_to_num(math.inf, posinf=math.inf)
             finite = bool(torch.isfinite(x).all())
-            sw = sliced_wasserstein(x, model.test, 128, seeded(0)) if finite else math.inf
+            sw = sliced_wasserstein(x[: len(model.test)], model.test, 128, seeded(0)) if finite else math.inf
             images = finite and x.ndim == 4
             fd = frechet_distance(model.features(x), model.features(model.test)) if images else None
             done[same] = error, x, sw, fd

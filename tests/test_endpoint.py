@@ -10,7 +10,17 @@ from torch import Tensor
 from counting import Counting
 from fewstep import endpoint
 from fewstep.denoiser import Denoiser, Guided, Pretrained
-from fewstep.endpoint import Reference, Runs, deal, level_range, local_error_costs, local_error_order, mean_square, reference
+from fewstep.endpoint import (
+    Reference,
+    Runs,
+    deal,
+    denoising_errors,
+    level_range,
+    local_error_costs,
+    local_error_order,
+    mean_square,
+    reference,
+)
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Cosine, Linear, Path, Tabulated
 from fewstep.schedule import from_costs, log_linear
@@ -317,6 +327,26 @@ def test_trajectories_are_held_in_parts_that_fit_and_give_the_same(monkeypatch):
     torch.testing.assert_close(reference(ByLabel(), z, label).ends, labelled.ends, rtol=1e-12, atol=0)
     monkeypatch.setattr(endpoint, "MEMORY", 1)  # less than one
     torch.testing.assert_close(reference(ring(), z[:3]).ends, whole.ends[:3], rtol=1e-12, atol=1e-12)
+
+
+@on_every_path
+def test_the_error_of_denoising_its_own_ends_is_a_gaussians_closed_form_on_every_path(path):
+    known = reference(gaussian(path), noise(2048))
+    errors = denoising_errors(gaussian(path), known, draws=2048)
+    s = torch.tan(known.theta)
+    torch.testing.assert_close(errors, 3 * (STD * s) ** 2 / (STD**2 + s**2), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("size", [7, 512])
+def test_denoising_deals_out_the_conditions_of_the_ends_and_counts(size):
+    label, seen = {"label": torch.arange(3)}, []
+    known = reference(ByLabel(), noise(20), label, levels=5)
+    model = Counting(ByLabel())
+    errors = denoising_errors(model, known, 8, label, size, seen.append)
+    assert errors.shape == (5,)
+    assert float(errors.max()) < 1e-6  # a million with another's label
+    assert model.samples == sum(seen) == 5 * 8
+    assert model.most == min(size, 40)
 
 
 @on_every_path

@@ -20,7 +20,7 @@ from fewstep.endpoint import Reference, deal
 from fewstep.free import free_schedules
 from fewstep.mixture import ring
 from fewstep.schedule import Schedule
-from fewstep.tailor import LEVELS
+from fewstep.tailor import LEARNED_CURVES, LEVELS
 from fewstep.verdict import REPETITIONS
 from test_adapters import dit, sd3, text_unet, unet
 
@@ -185,7 +185,7 @@ def test_a_pipeline_gets_its_schedule_with_a_verdict_and_true_counts(name, solve
     assert seen.samples == spent(about) + (2 if guidance else 1)  # one sample, to see whether the model takes it
     assert seen.largest == 40 * (2 if guidance else 1)  # guidance doubles the batch that the network sees
     row = about["verdict"]["steps"]["4"]
-    assert set(row["errors"]) == {"learned", "default", *free_schedules(1, 2, [4])}
+    assert set(row["errors"]) == {"learned", "default", *free_schedules(1, 2, [4]), *LEARNED_CURVES}
     assert {"ratio", "low", "high"} == set(row["against_default"])
     assert all(math.isfinite(n) for n in numbers(learned.to_dict()))
     assert 4 in learned.grids

@@ -16,9 +16,23 @@ from fewstep.learn import learn_by_cost
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Tabulated
-from fewstep.schedule import Schedule, karras, log_linear
+from fewstep.schedule import Schedule, karras, kl_optimal, log_linear
 from fewstep.solvers import STOCHASTIC, evaluations_of, solve
-from fewstep.tailor import DAMPING, TRIED_AT, curve_of, fit_curve, refine_steps, split_half_error, tailor, through
+from fewstep.tailor import (
+    DAMPING,
+    DRAWS,
+    LEARNED_CURVES,
+    LEVELS,
+    TRIED_AT,
+    curve_of,
+    entropy_curve,
+    fit_curve,
+    learned_curves,
+    refine_steps,
+    split_half_error,
+    tailor,
+    through,
+)
 
 PATHS = {
     "VE": VE(),
@@ -181,6 +195,33 @@ def test_a_solver_of_order_two_gets_the_curve_of_the_second_derivative():
     assert float((curve.u - curve_of(known, "euler", False).u).abs().max()) > 0.05
 
 
+@pytest.mark.parametrize("std", [1.0, 0.5])
+def test_the_curve_of_equal_entropy_is_a_gaussians_closed_form_which_is_kl_optimal_for_unit_variance(std):
+    # E|x_0 - D|^2 = c^2 s^2/(c^2 + s^2), and over s^2 its integral is c atan(s/c)
+    known = reference(Mixture([[0.0]], std), noise(16, 1), levels=300)
+    s = torch.tan(known.theta)
+    curve = entropy_curve(known, (std * s) ** 2 / (std**2 + s**2), pure_noise=False)
+    assert curve.to_data
+    angle = torch.atan(s / std)
+    torch.testing.assert_close(curve.u, (angle[0] - angle) / (angle[0] - angle[-1]), rtol=0, atol=1e-4)
+    if std == 1:
+        torch.testing.assert_close(curve.angles(9), replace(kl_optimal(), to_data=True).angles(9), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("path", [VE(0.01, 50.0), Linear()], ids=["VE", "Linear"])
+def test_the_learned_curves_come_back_from_the_file(path, tmp_path):
+    known = reference(ring(path=path), noise(64))
+    schedule = fit_curve(ring(path=path), "dpmpp_2m", known, budget=7200)
+    schedule.save(tmp_path / "s.json")
+    found = learned_curves(Schedule.load(tmp_path / "s.json"))
+    assert tuple(found) == LEARNED_CURVES
+    expected = curve_of(known, "dpmpp_2m", path.ends_in_pure_noise())
+    for n in (1, 4, 11):
+        torch.testing.assert_close(found["equal local error"].angles(n), expected.angles(n), rtol=1e-9, atol=0)
+        assert float(found["equal entropy"].angles(n)[0]) == float(expected.angles(n)[0])
+    assert learned_curves(karras()) == {}
+
+
 @pytest.mark.parametrize("steps", [2, 5, 8, 13])
 def test_a_curve_through_refined_levels_reads_them_off_again(steps):
     theta = torch.sort(torch.rand(steps, generator=seeded(steps)).double() * 1.5 + 0.01, descending=True).values
@@ -232,7 +273,7 @@ def test_the_curve_that_is_kept_has_the_least_error_of_those_that_competed_as_re
     # the errors are those of the first noises, at most a quarter of them, which nothing was fitted to
     runs = Runs(ring(), solver, known.noise)
     squares = [squared_errors(runs(schedule.angles(n)[:-1])[0], known.ends) for n in TRIED_AT]
-    judged = min(32, int(0.6 * (15_000 - 128 * 48)) // (6 * sum(evaluations_of(solver, n) for n in TRIED_AT)))
+    judged = min(32, int(0.6 * (15_000 - (128 + DRAWS) * LEVELS)) // (6 * sum(evaluations_of(solver, n) for n in TRIED_AT)))
     again = {str(n): math.sqrt(each[:judged].mean()) for n, each in zip(TRIED_AT, squares, strict=True)}
     assert about["curve_errors"][about["curve"]] == pytest.approx(again, rel=1e-9)
     assert schedule.to_data
@@ -245,7 +286,7 @@ def test_the_curve_that_is_kept_has_the_least_error_of_those_that_competed_as_re
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 def test_a_tailored_schedule_is_valid_on_its_path_for_every_number_of_steps(path, tmp_path):
-    schedule = tailor(ring(path=path), "dpmpp_2m", [2, 5], noises=48, budget=6000)
+    schedule = tailor(ring(path=path), "dpmpp_2m", [2, 5], noises=48, budget=6300)
     about = schedule.provenance
     assert schedule.pure_noise == path.ends_in_pure_noise()
     assert (about["sigma_min"], about["sigma_max"]) == pytest.approx((path.sigma_min, path.sigma_max), rel=1e-9)

@@ -15,6 +15,7 @@ from fewstep.path import VE, VP, Linear
 from fewstep.refine import bounds_of, descend
 from fewstep.schedule import Schedule, bend, karras, log_linear, unbend
 from fewstep.solvers import evaluations_of
+from fewstep.tailor import LEARNED_CURVES, fit_curve, learned_curves
 from fewstep.verdict import REPETITIONS, entrants, guard, interval, ratio, sentences, settle, squares_of
 
 LIMITS = {"sigma_min": 0.002, "sigma_max": 80.0}
@@ -265,6 +266,25 @@ def test_a_grid_that_loses_is_replaced_exactly_by_the_best_free_one_and_the_verd
     again = judge(ring(), "euler", kept, [4, 6], known)
     for n in ("4", "6"):
         assert again["steps"][n]["against_best_free"]["ratio"] == pytest.approx(1, rel=1e-12)
+
+
+def test_a_learned_curve_that_does_best_of_all_is_kept_in_the_schedules_place():
+    model = Mixture([[0.0, 0.0]], 0.1)  # far from the unit variance that free schedules are made for
+    known = reference(model, noise(48))
+    schedule = replace(fit_curve(model, "euler", known, budget=7000), u=BAD.u, theta=BAD.theta)
+    verdict = judge(model, "euler", schedule, [6], known)
+    row, curves = verdict["steps"]["6"], learned_curves(schedule)
+    runs = Runs(model, "euler", known.noise)
+    for name in LEARNED_CURVES:
+        expected = math.sqrt(mean_square(runs, curves[name].angles(6)[:-1], known.ends))
+        assert row["errors"][name] == pytest.approx(expected, rel=1e-9)
+    kept = guard(schedule, verdict)
+    best = min(row["errors"], key=row["errors"].get)
+    assert best in LEARNED_CURVES
+    assert row["best_free"] in free_schedules(**LIMITS, steps=[6])
+    assert kept.provenance["verdict"]["kept"] == {"6": best} == {"6": row["best_rival"]}
+    assert torch.equal(kept.angles(6), curves[best].angles(6))
+    assert sentences(kept.provenance["verdict"])[0].endswith(f"so the file keeps the curve of {best}")
 
 
 def winning(known: Reference) -> Tensor:

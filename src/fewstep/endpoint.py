@@ -31,6 +31,7 @@ from fewstep.solvers import ORDER, SOLVERS, STOCHASTIC, solve
 
 REFERENCE_SOLVER = "unipc"  # of the solvers here the nearest to the end at 64 levels, on mixtures and digits
 MIDWAY_STEPS = 12  # from noise to where image to image begins
+APART = 31_415_926  # the seed of noise that must not be what the ends came from
 MEMORY = 2**26  # numbers of the reference's trajectories held at once
 Log = list[tuple[float, Tensor]]
 
@@ -221,7 +222,7 @@ def denoising_errors(
     """E|x_0 - E[x_0 | x_t]|^2 at the reference's levels (k,), summed over dimensions: of its ends, the model's own samples,
     noised anew. k draws evaluations."""
     level = torch.arange(len(known.theta)).repeat_interleave(draws)
-    rows, g = torch.arange(len(level)) % len(known.ends), torch.Generator().manual_seed(0)
+    rows, g = torch.arange(len(level)) % len(known.ends), torch.Generator().manual_seed(APART)
     times, found = denoiser.path.time(known.theta)[level], []
     for part in torch.arange(len(level)).split(batch_size):
         x0 = known.ends[rows[part].to(known.ends.device)]
