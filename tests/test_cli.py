@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep import cli
+from fewstep import cli, commands
+from fewstep.endpoint import Runs, mean_square, reference
 from fewstep.mixture import ring
-from fewstep.models import load_sampler
+from fewstep.models import load_denoiser, load_sampler
 from fewstep.schedule import Schedule, karras
 
 TINY = ["--width", "16", "--depth", "1", "--threads", "1"]
@@ -76,6 +77,29 @@ def test_two_processes_of_torchrun_make_one_folder_of_the_same_weights(trained, 
     one, two = (load_file(folder / "sampler.safetensors") for folder in (trained / "sampler", tmp_path / "two"))
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_fine_tuning_learns_its_levels_where_none_are_given_and_goes_on_with_them(trained, tmp_path, monkeypatch, capsys):
+    run = ("finetune", "--model", trained / "model", "--data", trained / "points.npy", "--out", tmp_path / "f", "--steps", 3)
+    run += ("--iterations", 4, "--density-iterations", 4, "--batch-size", 32)
+    fewstep(*run)
+    sampler, _ = load_sampler(tmp_path / "f")
+    learned, path = Schedule.load(tmp_path / "f" / "schedule.json"), sampler.path
+    torch.testing.assert_close(sampler.times.cpu(), learned.times(path, 3), rtol=0, atol=0)
+    about = learned.provenance
+    assert (about["solver"], list(about["refined"])) == ("ancestral", ["3"])
+    # nearer to the ODE's ends, on noises that the fit has not seen, without the noise of the steps
+    model = load_denoiser(str(trained / "model"))
+    known = reference(model, torch.randn(500, 2, generator=torch.Generator().manual_seed(9)), levels=96)
+    runs = Runs(model, "euler", known.noise)
+    usual = karras(path.sigma_min, path.sigma_max).times(path, 3)
+    own, usual = (mean_square(runs, path.angle(t)[:-1], known.ends) for t in (sampler.times.cpu(), usual))
+    assert own < 0.7 * usual
+    # a repeated command takes the levels that are there; other levels belong to another folder
+    (tmp_path / "f" / "sampler.safetensors").unlink()
+    monkeypatch.setattr(commands, "tailor", None)
+    fewstep(*run)
+    assert "learned_levels was True" in fewstep(*run, "--schedule", "karras", expect=2, capsys=capsys)
 
 
 @pytest.fixture(scope="module")

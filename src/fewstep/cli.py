@@ -136,7 +136,9 @@ def finetune(
     source: Annotated[Source, Flat],
     out: Out,
     steps: Annotated[Count, Parameter(help="Evaluations of the network per sample.")] = 4,
-    schedule: ScheduleName = "karras",
+    schedule: Annotated[
+        str, Parameter(help="learned, for this model in this number of steps, or as for `sample`: karras, a schedule file, ..")
+    ] = "learned",
     reward: Annotated[
         str | None,
         Parameter(help="file.py:function from samples to numbers, higher = better, or a folder of `fewstep prefer`."),
@@ -156,8 +158,8 @@ def finetune(
 ) -> None:
     """Learn what each step does: a few-step sampler jointly with an energy (DxMI).
 
-    First the density of the data, then sampler and energy together. On several GPUs: torchrun --nproc_per_node 2 -m
-    fewstep.cli finetune ..
+    First where the steps go, then the density of the data, then sampler and energy together. On several GPUs: torchrun
+    --nproc_per_node 2 -m fewstep.cli finetune ..
     """
     device = _on(machine)
     processes = _processes(device)
@@ -176,6 +178,7 @@ def finetune(
         schedule,
         device,
         bar,
+        meter if processes.index == 0 else commands.unmetered,
         reward=reward,
         reward_weight=reward_weight,
         processes=processes,

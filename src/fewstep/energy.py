@@ -121,19 +121,20 @@ def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig,
     classes = sampler.denoiser.classes
     density, shared = config.density_iterations > 0, config.value == "shared"
     if structured is not None:
-        require_energy(structured, shape)
-        if shared:
-            raise ValueError("an energy of its own is a last slice of its own: it needs --value per_step")
-        if classes and not density:
-            raise ValueError("an energy that is not told the class cannot be all that a conditional model learns from")
+        require_energy(structured, shape, config, classes)
     return Value(shape, sampler.radius(), tau, density, shared, classes, structured=structured)
 
 
-def require_energy(energy: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where a module is no energy of samples of this shape, (b, *shape) to (b,), each sample's its own.
+def require_energy(energy: nn.Module, shape: tuple[int, ...], config: FinetuneConfig, classes: int | None) -> None:
+    """Raises ValueError where a module is no energy of samples of this shape, (b, *shape) to (b,), each sample's its own, or
+    cannot be one in this configuration.
 
     It has weights to learn, and is the same in training and in use.
     """
+    if config.value == "shared":
+        raise ValueError("an energy of its own is a last slice of its own: it needs --value per_step")
+    if classes and not config.density_iterations:
+        raise ValueError("an energy that is not told the class cannot be all that a conditional model learns from")
     if not isinstance(energy, nn.Module) or not any(p.requires_grad for p in energy.parameters()):
         raise ValueError(f"an energy is an nn.Module with parameters to learn; got {type(energy).__name__}")
     n = 1 + max(shape)  # no other axis is that long

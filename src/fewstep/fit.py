@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from fewstep import __version__, models, report
 from fewstep.commands import (
     SCHEDULE,
+    Meter,
     Track,
     baselines,
     data_settings,
@@ -32,11 +32,12 @@ from fewstep.commands import (
     read_schedule,
     require_shape,
     silent,
+    unmetered,
 )
 from fewstep.config import Condition, LearnConfig, Source
 from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
-from fewstep.endpoint import Midway, Reference, deal, ignore, level_range, reference, steps_of_reference
+from fewstep.endpoint import Midway, Reference, deal, level_range, reference, steps_of_reference
 from fewstep.learn import learn_schedule
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
@@ -44,18 +45,12 @@ from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
 from fewstep.verdict import OURS, REPETITIONS, Squares, entrants, guard, interval, measure_of, number, settle, squares_of
 
-Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
 FINE = 96  # levels of the verdict's reference
 UNSEEN = 1_000_003  # added to the seed for the verdict's noises
 JUDGED = (6, 10)  # where no numbers of steps were asked for
 WORSE = 1.02  # a ratio to the best free schedule above this, and surely above 1, does as well
 DRIFT = 1.25  # a ratio to the best free schedule that has grown by this factor asks for a new fit
-
-
-@contextmanager
-def unmetered(total: int, title: str) -> Iterator[Callable[[int], object]]:
-    yield ignore
 
 
 def load_condition(condition: Condition, denoiser: Denoiser) -> tuple[Denoiser, dict[str, Tensor] | None]:

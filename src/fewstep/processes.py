@@ -50,6 +50,11 @@ class Processes:
         values = self.average(torch.tensor(list(metrics.values()), dtype=torch.float64).to(where)).tolist()
         return dict(zip(metrics, values, strict=True))
 
+    def same(self, numbers: Tensor) -> Tensor:
+        """Float64 numbers on the CPU that every process has computed, alike but for rounding, made equal in all."""
+        found = self.mean({str(k): float(number) for k, number in enumerate(numbers)})
+        return torch.tensor(list(found.values()), dtype=torch.float64)
+
     def average_gradients(self, optimiser: torch.optim.Optimizer) -> None:
         """In place, over all parameters of the optimiser that have one."""
         if self.accelerator is None:

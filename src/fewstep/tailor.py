@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,6 +236,7 @@ def tailor(
     batch_size: int = 512,
     generator: torch.Generator | None = None,
     device: str = "cpu",
+    tick: Callable[[int], object] = ignore,
 ) -> Schedule:
     """All of it, for a solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`.
 
@@ -246,8 +248,9 @@ def tailor(
     if start is not None:
         denoiser, sigma_max = Midway(denoiser, start, sigma_min, sigma_max), None
     low, high = level_range(denoiser, sigma_min, sigma_max)
-    known = reference(denoiser, noise, cond, levels=LEVELS, sigma_min=low, sigma_max=high, batch_size=batch_size)
-    schedule = fit_curve(denoiser, solver, known, cond=cond, budget=budget, batch_size=batch_size)
+    about: dict[str, Any] = {"cond": cond, "batch_size": batch_size, "tick": tick}
+    known = reference(denoiser, noise, levels=LEVELS, sigma_min=low, sigma_max=high, **about)
+    schedule = fit_curve(denoiser, solver, known, budget=budget, **about)
     for n in steps:
-        schedule = refine_steps(denoiser, schedule, n, known, cond=cond, budget=budget, batch_size=batch_size)
+        schedule = refine_steps(denoiser, schedule, n, known, budget=budget, **about)
     return schedule
