@@ -37,8 +37,7 @@ def main() -> None:
             name: {k: statistics.mean(r[k] for r in at if r["method"] == name) for k in ("fd", "sw", "energy_distance")}
             for name in names
         }
-        kept = {k: facts[k] for k in ("seed", "seconds", "auroc", "step_length_variation", "floor")}
-        kept |= {"Lambda": facts["learned"]["Lambda"], "split_half_error": facts["learned"]["split_half_error"]}
+        kept = {k: facts[k] for k in ("seed", "seconds", "auroc", "floor")} | {"verdict": facts["learned"]["verdict"]}
         result["seeds"].append(kept | {f"at_{STEPS}_evaluations": quality})
         print(f"seed {seed}:", *summary, sep="\n  ", flush=True)
         write_json(args.out, result)

@@ -59,7 +59,7 @@ def demo(
     _on(Machine(threads=1))
     from fewstep.demo import run_demo
 
-    summary, page = run_demo(out, seed, quick, track)
+    summary, page = run_demo(out, seed, quick, track, meter)
     for line in summary[:-1]:
         print(line)
     print(f"{summary[-1]} Look at {page}")

@@ -29,11 +29,10 @@ from fewstep.config import Source
 from fewstep.data import Data
 from fewstep.denoiser import Denoiser
 from fewstep.energy import Value
-from fewstep.learn import step_costs
 from fewstep.metrics import energy_distance, frechet_distance, precision_recall, sliced_wasserstein
 from fewstep.run import fingerprint, open_run, read_lines, write_json, write_lines
 from fewstep.sampler import Sampler, in_steps
-from fewstep.schedule import NAMED, Schedule
+from fewstep.schedule import NAMED
 
 ROWS = "evaluation.jsonl"
 Told = dict[str, Tensor] | None  # conditions, dealt out to the samples
@@ -184,8 +183,3 @@ def energies(value: Value, sets: dict[str, Tensor], smoothing: float, seed: int 
     smoothed = {name: x + smoothing * torch.randn(x.shape, generator=g) for name, x in sets.items()}
     with torch.no_grad():
         return {name: value.energy(x.to(device)).cpu() for name, x in smoothed.items()}
-
-
-def grid_costs(denoiser: Denoiser, x0: Tensor, schedules: dict[str, Schedule], steps: int, seed: int = 0) -> dict[str, Tensor]:
-    """The cost of each step of each schedule's grid of this many levels."""
-    return {k: step_costs(denoiser, x0, s, steps, generator=torch.Generator().manual_seed(seed)) for k, s in schedules.items()}

@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from fewstep.schedule import Schedule
+from fewstep.tailor import LEARNED_CURVES
 
 plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 COLOURS = {"karras": "C0", "log-linear": "C1", "learned": "C2", "fine-tuned": "C3", "slow": "0.3"}
@@ -74,38 +75,28 @@ def curve_figure(file: File, schedules: dict[str, Schedule], steps: Sequence[int
 
 
 def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
-    """A verdict's errors against the number of steps: the learned schedule, the model's default, every free one."""
+    """A verdict's errors against the number of steps: the schedule, the model's default, the learned curves, every free one."""
     figure, axis = plt.subplots(figsize=(5.6, 3.4))
     rows = {  # the errors of those that were given up are of other noises
         int(n): {name: error for name, error in row["errors"].items() if name not in row.get("given_up", {})}
         for n, row in verdict["steps"].items()
     }
     for name in dict.fromkeys(name for errors in rows.values() for name in errors):
-        colour = {"learned": "C2", "default": "C0"}.get(name, "0.7")
+        colour = {"learned": "C2", "default": "C0"}.get(name, "yellowgreen" if name in LEARNED_CURVES else "0.7")
         marker = "v" if name.endswith("to data") or name == "dmn" else "o"
         axis.loglog(
             list(rows), [errors.get(name) or math.nan for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1
         )
         if name in ("learned", "default"):
             axis.plot([], [], marker + "-", color=colour, ms=4, lw=1, label=name)
+    if any(name in LEARNED_CURVES for errors in rows.values() for name in errors):
+        axis.plot([], [], "o-", color="yellowgreen", ms=4, lw=1, label="learned curves: equal local error, equal entropy")
     axis.plot([], [], "o-", color="0.7", ms=4, lw=1, label="free, down to sigma_min and then data")
     axis.plot([], [], "v-", color="0.7", ms=4, lw=1, label="free, to data")
     axis.set_xticks(list(rows), [f"{n}" for n in rows])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel=f"steps of {verdict['solver']}", ylabel=f"{verdict['measure']}, up to {verdict['noises']} unseen noises")
     axis.legend(frameon=False, fontsize=8)
-    _save(figure, file)
-
-
-def costs_figure(file: File, costs: dict[str, Tensor]) -> None:
-    """The corrector cost of each step of a grid, before and after equalising."""
-    figure, axis = plt.subplots(figsize=(5.6, 3.0))
-    for name, cost in costs.items():
-        spread = float(cost.sqrt().std() / cost.sqrt().mean())
-        label = f"{name} (step lengths vary by {spread:.0%})"
-        axis.stairs(cost.numpy(), np.arange(len(cost) + 1), baseline=None, label=label, color=COLOURS.get(name), lw=1.6)
-    axis.set(xlabel="step, from noise to data", ylabel="cost (nats, summed)", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=8, loc="lower left")
     _save(figure, file)
 
 
