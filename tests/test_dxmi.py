@@ -80,18 +80,40 @@ def all_of(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return states, torch.arange(len(states) - 1)[:, None].expand(-1, states.shape[1])
 
 
+def learn(state: FinetuneState, i: torch.Tensor, x: torch.Tensor) -> None:
+    """A step of the sampler on transitions from x in steps i."""
+    sampler_step(state, GOAL, i, x, state.sampler.step(x, i), torch.randn(x.shape))
+
+
 def test_the_sampler_step_moves_the_sampler_only_and_the_value_step_the_value_only():
     state = state_of(density_iterations=0)
     before = {k: v.clone() for k, v in state.state_dict()["sampler"].items()}
     value_before = {k: v.clone() for k, v in state.value.state_dict().items()}
     states = torch.randn(4, 6, 2)
-    sampler_step(state, GOAL, torch.arange(6) % 3, states[0], torch.randn(6, 2))
+    learn(state, torch.arange(6) % 3, states[0])
     assert all(torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
     moved = {k: v.clone() for k, v in state.sampler.state_dict().items()}
     assert any(not torch.equal(v, before[k]) for k, v in moved.items())
     value_step(state, GOAL, [(torch.randn(6, 2), None)], *all_of(states))
     assert all(torch.equal(v, moved[k]) for k, v in state.sampler.state_dict().items())
     assert any(not torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
+
+
+def test_a_rollouts_laws_are_those_of_its_steps_and_have_their_gradients():
+    """Kept from the rollout, so that no step is asked twice; what comes after a state is not in its gradient."""
+    state = state_of(density_iterations=0)
+    start, noise = torch.randn(6, 2), torch.randn(3, 6, 2)
+    states, law = dxmi.roll_out(state.sampler, start, noise, None, learning=True)
+    assert torch.equal(states, state.sampler.rollout(start, noise=noise))
+    i = torch.arange(3).repeat_interleave(6)
+    again = state.sampler.step(states[:-1].flatten(0, 1), i)
+    torch.testing.assert_close(law.mean, again.mean)
+    assert torch.equal(law.std, again.std)
+    weights = list(state.sampler.denoiser.parameters())
+    one, other = (torch.autograd.grad((each.mean**2).sum(), weights) for each in (law, again))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not dxmi.roll_out(state.sampler, start, noise, None, learning=False)[1].mean.requires_grad
 
 
 def test_one_transition_of_each_rollout_takes_all_steps_in_turn(monkeypatch: pytest.MonkeyPatch):
@@ -103,9 +125,9 @@ def test_one_transition_of_each_rollout_takes_all_steps_in_turn(monkeypatch: pyt
         seen.append((states, i))
         return value_step(state, goal, batches, states, i, *rest)
 
-    def sampler_sees(state, goal, i, x, noise, *rest):
+    def sampler_sees(state, goal, i, x, law, noise, *rest):
         seen[-1] += (i, x, noise)
-        return sampler_step(state, goal, i, x, noise, *rest)
+        return sampler_step(state, goal, i, x, law, noise, *rest)
 
     monkeypatch.setattr(dxmi, "value_step", value_sees)
     monkeypatch.setattr(dxmi, "sampler_step", sampler_sees)
@@ -148,7 +170,7 @@ def test_with_entropy_only_the_noise_finds_the_maximum_entropy_of_the_bound():
     state.sampler_optimiser.param_groups[1]["lr"] = 0.05
     i, x = torch.arange(3000) % 3, torch.randn(3000, 2)
     for _ in range(300):
-        sampler_step(state, GOAL, i, x, torch.randn(3000, 2))
+        learn(state, i, x)
     best = state.back_variance.sqrt() / state.back_scale
     assert torch.allclose(state.sampler.std()[1:2], best[1:2], rtol=0.05)
     assert state.sampler.std()[2].item() == pytest.approx(state.config.last_std)
@@ -208,7 +230,7 @@ def test_with_a_density_a_structured_energy_starts_from_it_and_frozen_parts_stay
     assert torch.equal(state.value.energy(x), state.value.tau * state.value.density(x, 3))
     for _ in range(2):
         value_step(state, GOAL, [(torch.randn(6, 2), None)], *all_of(torch.randn(4, 6, 2)))
-        sampler_step(state, GOAL, torch.arange(6) % 3, torch.randn(6, 2), torch.randn(6, 2))
+        learn(state, torch.arange(6) % 3, torch.randn(6, 2))
     assert float(energy.b) == 0
     assert not energy.b.requires_grad
     assert float(energy.a.detach()) != 3
@@ -708,14 +730,14 @@ TABLE = Tabulated(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch
 
 @pytest.mark.parametrize("path", [VE(0.05, 10), VP(), Cosine(), Linear(), TABLE], ids=repr)
 def test_the_models_score_stands_in_for_the_densitys(path):
-    """Values stay V's; of N(0, I), gradients are tau x/(alpha^2 + sigma^2)/D; the last slice has no scale and a noise of .1."""
+    """Of N(0, I), slopes are tau x/(alpha^2 + sigma^2)/D; the last slice has no scale and a noise of .1."""
     state = state_of(path, score="model")
     state.knows_last = True
     torch.nn.init.normal_(state.value.density_net.last.weight)
     i = torch.tensor([3, 1, 2, 2, 1, 3])
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     found = dxmi.next_value(state, x, i)
-    assert torch.allclose(found, state.value(x, i), atol=1e-6)
+    assert torch.allclose(found, state.value.correction(x, i), atol=1e-6)
     (gradient,) = torch.autograd.grad(found.sum(), x)
     (own,) = torch.autograd.grad(state.value(x, i).sum(), x)
     t = state.sampler.times[i]
@@ -729,7 +751,10 @@ def test_a_last_slice_that_the_model_does_not_know_keeps_the_densitys_slope():
     state, i = state_of(VP(), score="model"), torch.tensor([1, 2, 3])
     torch.nn.init.normal_(state.value.density_net.last.weight)
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    (found,) = torch.autograd.grad(dxmi.next_value(state, x, i).sum(), x)
+    worth = dxmi.next_value(state, x, i)
+    assert torch.allclose(worth[2], state.value(x, i)[2], atol=1e-6)
+    assert torch.allclose(worth[:2], state.value.correction(x, i)[:2], atol=1e-6)
+    (found,) = torch.autograd.grad(worth.sum(), x)
     (own,) = torch.autograd.grad(state.value(x, i).sum(), x)
     assert torch.allclose(found[2], own[2], atol=1e-7)
     assert not torch.allclose(found[:2], own[:2], atol=1e-2)

@@ -274,10 +274,11 @@ def chosen(cond: Cond, rows: Tensor) -> Cond:
 
 
 def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) -> Tensor:
-    """V(x, i) of states x (b, *d) before steps i (b,), i >= 1: (b,).
+    """V(x, i) of states x (b, *d) before steps i (b,), i >= 1, or what has its slope: (b,).
 
-    With config.score "model" its gradient has the pretrained model's score in the place of -D grad A: of what the density has
-    learned in a short while the values will do, but the slopes are worse than the model's.
+    With config.score "model" the slope has the pretrained model's score in the place of -D grad A: of what the density has
+    learned in a short while the values will do, but the slopes are worse than the model's. A is then left out, but in a last
+    slice that the model does not know.
     """
     ask = (i < state.value.steps) | state.knows_last
     if state.model is None or not bool(ask.any()):
@@ -289,18 +290,26 @@ def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) ->
         on_path = broadcast(state.model.path.alpha(t) / alpha, at) * at  # the last states are data and noise, unscaled
         x0 = state.model(on_path, t, None if cond is None else {k: v[ask] for k, v in cond.items()})
         slope[ask] = (at - broadcast(alpha, at) * x0) / broadcast(sigma, at) ** 2 / state.value.dimensions
-    inner = state.value.density(torch.where(broadcast(ask, x) > 0, x.detach(), x), i, cond)
-    inner = inner + ((x - x.detach()) * slope).flatten(1).sum(1)  # 0, but for its gradient
+    inner = ((x - x.detach()) * slope).flatten(1).sum(1)  # 0, but for its gradient
+    if not bool(ask.all()):
+        rest = (~ask).nonzero()[:, 0]
+        inner = inner.index_add(0, rest, state.value.density(x[rest], i[rest], chosen(cond, rest)))
     return state.value.tau * inner + state.value.correction(x, i, cond)
 
 
 def sampler_step(
-    state: FinetuneState, goal: Goal, i: Tensor, x: Tensor, noise: Tensor, cond: Cond = None, processes: Processes = ALONE
+    state: FinetuneState,
+    goal: Goal,
+    i: Tensor,
+    x: Tensor,
+    law: Transition,
+    noise: Tensor,
+    cond: Cond = None,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
-    """One step of the sampler on transitions from x (b, *d) in steps i (b,), with noise like x: expected value plus cost."""
+    """One step of the sampler on transitions from x (b, *d) in steps i (b,), whose laws are these, with noise like x: expected
+    value plus cost."""
     before = None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.config.bf16):
-        law = state.sampler.step(x, i, cond)
     if state.step % PACE_EVERY == 0:  # in full precision: an iteration moves the steps by less than bfloat16 resolves
         with torch.no_grad():
             before = state.sampler.step(x, i, cond) if state.config.bf16 else law
@@ -403,6 +412,18 @@ def model_denoises(state: FinetuneState, data: Tensor, noise: Tensor, cond: Cond
     return float((x0 - data).square().mean()) < r**2
 
 
+def roll_out(sampler: Sampler, start: Tensor, noise: Tensor, cond: Cond, learning: bool) -> tuple[Tensor, Transition]:
+    """All states from start (b, *d) by noise (N, b, *d): (N+1, b, *d); and the laws of their N b transitions, one step after
+    the other, with gradients to the sampler's weights if it is `learning`, never through the chain."""
+    states, laws = [start], list[Transition]()
+    for i in range(sampler.steps):
+        with torch.set_grad_enabled(learning):
+            laws.append(sampler.step(states[-1], i, cond))
+        states.append(laws[-1].at(noise[i]).detach())
+    std = torch.stack([law.std for law in laws]).repeat_interleave(len(start))
+    return torch.stack(states), Transition(torch.cat([law.mean for law in laws]), std)
+
+
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
     """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process takes its share."""
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
@@ -423,8 +444,9 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
         group["lr"] = lr * state.left
     start, on_the_way, again, last = noise.split((1, steps, redrawn, n))
     start = sampler.start_from(start[0])
+    of_all = config.transitions == "all"
     with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
-        states = sampler.rollout(start, cond=conds[0], noise=on_the_way)
+        states, laws = roll_out(sampler, start, on_the_way, conds[0], learning=of_all)
     if state.velocity_decay < 1:
         i = torch.arange(steps, device=data.device).repeat_interleave(len(start))
         squared = squared_velocity(state, i, states[:-1].flatten(0, 1), states[1:].flatten(0, 1))
@@ -432,15 +454,18 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
 
     smoothed = data + float(sampler.last_std) * last
     of_rollout = torch.arange(config.batch_size)
-    if config.transitions == "one":  # another one of each rollout in every iteration, as many of each step
-        i = ((of_rollout * steps // config.batch_size + state.step) % steps)[None]
-    else:
+    if of_all:
         i = torch.arange(steps)[:, None].expand(-1, config.batch_size)
+    else:  # another one of each rollout in every iteration, as many of each step
+        i = ((of_rollout * steps // config.batch_size + state.step) % steps)[None]
     i = processes.share(i, 1).to(data.device)
     metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, i, conds[0], processes)
     rows = torch.arange(i.shape[1], device=data.device).expand_as(i).flatten()
     x, i, cond = states[i.flatten(), rows], i.flatten(), chosen(conds[0], rows)
-    metrics |= sampler_step(state, goal, i, x, again.flatten(0, 1), cond, processes)
+    if not of_all:
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
+            laws = sampler.step(x, i, cond)
+    metrics |= sampler_step(state, goal, i, x, laws, again.flatten(0, 1), cond, processes)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
     metrics |= processes.mean({"sample_std": float(states[-1].std())})
