@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from fewstep import models, report
-from fewstep.commands import finetune, generate, load
-from fewstep.config import FinetuneConfig, LearnConfig, Solver, Source
+from fewstep.commands import LEARNED, SCHEDULE, finetune, generate, levels_for, load, unmetered
+from fewstep.config import FinetuneConfig, LearnConfig, Source
 from fewstep.data import Data
 from fewstep.denoiser import Denoiser
 from fewstep.fit import fit
@@ -61,7 +61,7 @@ SHORT = 10  # evaluations up to which a cell has --count samples
 SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
-LEARN = LearnConfig(steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
+LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
 SHORT_RUN = FinetuneConfig(iterations=160, density_iterations=600, batch_size=32)
 TUNED = "fine-tuned"
 FINETUNE = {
@@ -75,8 +75,8 @@ QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_d
 
 @dataclass(frozen=True)
 class Cell:
-    """solver: of `fewstep sample`, TUNED or MOVED. levels: own, karras, or learned for the solver, which of what is trained or
-    starts elsewhere is ancestral."""
+    """solver: of `fewstep sample`, TUNED or MOVED. levels: own, karras, or learned: by `fewstep schedule` for DPM++ 2M, else as
+    `fewstep finetune` learns them."""
 
     solver: str
     levels: str
@@ -86,10 +86,6 @@ class Cell:
     @property
     def method(self) -> str:
         return f"{self.solver}, {self.levels} levels"
-
-    @property
-    def steps_like(self) -> Solver:
-        return "dpmpp_2m" if self.solver == "dpmpp_2m" else "ancestral"
 
     def __str__(self) -> str:
         return f"{self.method}, {self.steps} steps, seed {self.seed}"
@@ -248,35 +244,46 @@ class Subject:
         about = {"count": count, "few": self.args.few, "fingerprint": fingerprint(self.denoiser.state_dict().values())}
         return {"model": self.name} | asdict(cell) | about | {"settings": settings}
 
-    def learn_config(self, solver: Solver) -> LearnConfig:
-        config = QUICK_LEARN if self.args.quick else LEARN
-        return replace(config, solver=solver, sigma_min=self.range[0], sigma_max=self.range[1])
+    def learn_config(self) -> LearnConfig:
+        return replace(QUICK_LEARN if self.args.quick else LEARN, sigma_min=self.range[0], sigma_max=self.range[1])
 
     def finetune_config(self, cell: Cell) -> FinetuneConfig:
         config = replace(FINETUNE[self.name], seed=cell.seed)
         return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
-    def schedule(self, levels: str, solver: Solver) -> Path:
-        """The file of the karras schedule, or of the one learned for a solver, made when it is first asked for."""
-        if levels == "learned":
-            folder = self.rows / f"schedule-{self.name}-{solver}"
-            fit(self.model, None, folder, self.learn_config(solver), device=self.args.device)
-            return folder / "schedule.json"
-        file = self.rows / f"{levels}-{self.name}.json"
+    def karras(self) -> Path:
+        file = self.rows / f"karras-{self.name}.json"
         karras(*self.range).save(file)
         return file
+
+    @cached_property
+    def fitted(self) -> Schedule:
+        """The one learned for DPM++ 2M, with its verdict."""
+        return fit(self.model, None, self.rows / f"schedule-{self.name}", self.learn_config(), device=self.args.device)[1]
+
+    def for_ancestral(self, cell: Cell) -> Schedule:
+        """The one that fine-tuning learns for itself in so many steps."""
+        folder = self.rows / f"levels-{self.name}-{cell.steps}"
+        config, about = self.finetune_config(cell), (self.args.device, unmetered)
+        found = levels_for(self.denoiser, cell.steps, folder, self.data.shape, None, config, *about)
+        folder.mkdir(exist_ok=True)
+        found.save(folder / SCHEDULE)
+        return found
 
     def times(self, cell: Cell) -> Tensor:
         if cell.levels == "own":
             return own_times(self.denoiser, cell.steps)
-        return Schedule.load(self.schedule(cell.levels, cell.steps_like)).times(self.denoiser.path, cell.steps)
+        if cell.levels == "karras":
+            return Schedule.load(self.karras()).times(self.denoiser.path, cell.steps)
+        found = self.fitted if cell.solver == "dpmpp_2m" else self.for_ancestral(cell)
+        return found.times(self.denoiser.path, cell.steps)
 
     def sampler(self, cell: Cell) -> Sampler:
         """The fine-tuned one, trained when it is first asked for."""
         out = self.rows / f"{cell.solver}-{self.name}-{cell.levels}-{cell.steps}-{cell.seed}"
         config = self.finetune_config(cell)
         if not (out / models.VALUE).exists():
-            levels = str(self.schedule(cell.levels, cell.steps_like))
+            levels = LEARNED if cell.levels == "learned" else str(self.karras())
             finetune(self.model, self.source, out, cell.steps, config, levels, self.args.device)
         if models.config_of(FinetuneConfig, read_config(out)["config"]) != config:
             raise SystemExit(f"{out} was made with other settings; remove it")
@@ -344,9 +351,8 @@ def run_cell(subject: Subject, cell: Cell) -> dict:
     row = key | {"method": cell.method, "evaluations": evaluations, "at": at, "seconds": round(seconds, 1)}
     if cell.steps <= SHORT:
         row["sigmas"] = [float(f"{float(sigma):.5g}") for sigma in model.path.ratio(times)]
-    if cell.levels == "learned":
-        kept = Schedule.load(subject.schedule("learned", cell.steps_like)).provenance["verdict"]["kept"]
-        row["kept"] = kept[str(cell.steps)]
+    if (cell.levels, cell.solver) == ("learned", "dpmpp_2m"):
+        row["kept"] = subject.fitted.provenance["verdict"]["kept"][str(cell.steps)]
     return row
 
 
@@ -369,8 +375,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = re.compile(args.only or "")
     for subject in available(args):
         todo: list[tuple[str, bool, Callable[[], object]]] = [
-            (f"{subject.name} schedule for dpmpp_2m", False, partial(subject.schedule, "learned", "dpmpp_2m")),
-            (f"{subject.name} schedule for ancestral", False, partial(subject.schedule, "learned", "ancestral")),
+            (f"{subject.name} schedule", False, partial(getattr, subject, "fitted")),
             (f"{subject.name} classifier", False, partial(getattr, subject, "reference")),
         ]
         finished = rows_in(args.rows)
