@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from fewstep import models, report
-from fewstep.commands import LEARNED, SCHEDULE, finetune, generate, levels_for, load, unmetered
+from fewstep.commands import SCHEDULE, generate, load, unmetered
 from fewstep.config import FinetuneConfig, LearnConfig, Source
 from fewstep.data import Data
 from fewstep.denoiser import Denoiser
@@ -51,6 +51,7 @@ from fewstep.path import Tabulated
 from fewstep.run import fingerprint, load_tree, read_config, read_lines, save_tree, write_json
 from fewstep.sampler import Sampler, start_where_data_are
 from fewstep.schedule import Schedule, karras, kl_optimal
+from fewstep.tune import LEARNED, finetune, levels_for
 from schedules import append
 from tables import images
 

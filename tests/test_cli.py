@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep import cli, commands
+from fewstep import cli, tune
 from fewstep.endpoint import Runs, mean_square, reference
 from fewstep.mixture import ring
 from fewstep.models import load_denoiser, load_sampler
@@ -97,7 +97,7 @@ def test_fine_tuning_learns_its_levels_where_none_are_given_and_goes_on_with_the
     assert own < 0.7 * usual
     # a repeated command takes the levels that are there; other levels belong to another folder
     (tmp_path / "f" / "sampler.safetensors").unlink()
-    monkeypatch.setattr(commands, "tailor", None)
+    monkeypatch.setattr(tune, "tailor", None)
     fewstep(*run)
     assert "learned_levels was True" in fewstep(*run, "--schedule", "karras", expect=2, capsys=capsys)
 

@@ -26,7 +26,7 @@ LAYERS = [
     ["finetuning"],
     ["report"],
     ["commands"],
-    ["fit", "evaluation", "prefer"],
+    ["fit", "tune", "evaluation", "prefer"],
     ["show"],
     ["demo"],
     ["cli"],

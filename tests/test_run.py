@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewstep import commands, run
+from fewstep import commands, run, tune
 from fewstep.config import FinetuneConfig, Source, TrainConfig
 from fewstep.dxmi import make_state
 from fewstep.finetuning import finetune
@@ -232,7 +232,7 @@ def test_tensorboard_that_is_not_installed_is_named_before_anything_is_made(tmp_
     with pytest.raises(ValueError, match=r"pip install 'fewstep\[tensorboard\]'"):
         commands.train(Source("digits"), tmp_path / "run", TrainConfig(iterations=1), tensorboard=True)
     with pytest.raises(ValueError, match=r"pip install 'fewstep\[tensorboard\]'"):
-        commands.finetune("none", Source("digits"), tmp_path / "run", 4, FinetuneConfig(), tensorboard=True)
+        tune.finetune("none", Source("digits"), tmp_path / "run", 4, FinetuneConfig(), tensorboard=True)
     assert not (tmp_path / "run").exists()
 
 

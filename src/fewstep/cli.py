@@ -165,11 +165,11 @@ def finetune(
     processes = _processes(device)
     if processes.accelerator is not None:
         device = str(processes.accelerator.device)
-    from fewstep import commands
+    from fewstep import commands, tune
     from fewstep.show import show as show_folder
 
     bar = track if processes.index == 0 else commands.silent
-    folder = commands.finetune(
+    folder = tune.finetune(
         model,
         source,
         out,

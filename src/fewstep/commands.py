@@ -15,19 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep import __version__, models, report
-from fewstep.config import FinetuneConfig, Source, TrainConfig
+from fewstep.config import Source, TrainConfig
 from fewstep.data import Data, count_classes, load_data
 from fewstep.denoiser import Denoiser, Guided, shape_of
-from fewstep.dxmi import make_state
 from fewstep.endpoint import deal, ignore
-from fewstep.energy import require_energy
-from fewstep.finetuning import finetune as finetune_loop
-from fewstep.goal import Goal, make_goal
-from fewstep.processes import ALONE, Processes
-from fewstep.refine import BUDGET
 from fewstep.run import (
     fingerprint,
     open_run,
@@ -39,15 +33,12 @@ from fewstep.run import (
 from fewstep.sampler import Sampler, in_steps
 from fewstep.schedule import NAMED, Schedule
 from fewstep.solvers import solve
-from fewstep.tailor import NOISES, tailor
 from fewstep.training import TrainState
 from fewstep.training import train as train_loop
 
 Track = Callable[[Iterable, int, str], Iterable]
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 SCHEDULE, SAMPLES = "schedule.json", "samples.npz"
-LEARNED = "learned"  # not a schedule's name, but how fine-tuning comes by one
-MOST_REFINED = 20  # steps that get levels of their own: more are read off the curve
 
 
 def silent(loop: Iterable, total: int, title: str) -> Iterable:
@@ -110,108 +101,6 @@ def train(
         dataclasses.replace(state.schedule, provenance=about | state.schedule.provenance).save(folder / SCHEDULE)
     models.save_weights(state.averaged.module.state_dict(), folder / models.MODEL)
     return folder
-
-
-def finetune(
-    model: str,
-    source: Source,
-    out: File,
-    steps: int,
-    config: FinetuneConfig,
-    schedule_name: str = LEARNED,
-    device: str = "cpu",
-    track: Track = silent,
-    meter: Meter = unmetered,
-    reward: str | None = None,
-    reward_weight: float = 1.0,
-    processes: Processes = ALONE,
-    tensorboard: bool = False,
-    energy: str | None = None,
-) -> File:
-    """Fine-tune a sampler of `steps` evaluations and its energy into the folder `out`; continues where a killed run stood.
-
-    schedule_name: as for `find_schedule`, or LEARNED (`levels_for`). The weights that are kept are those whose samples were
-    closest to the held-out data. A conditional model is given the data's labels. Of several processes only the first one
-    writes.
-    """
-    if tensorboard:
-        require_tensorboard()
-    denoiser, data = models.load_denoiser(model, device), load(source)
-    require_shape(denoiser, data.shape)
-    if len(data.train) < config.batch_size:
-        raise ValueError(f"too few samples: {len(data.train)} for a batch of {config.batch_size}; lower --batch-size")
-    if config.batch_size % processes.count:
-        raise ValueError(f"--batch-size {config.batch_size} cannot be shared evenly by {processes.count} processes")
-    labels, test_labels = (labels_for(model, denoiser, each) for each in (data.train_labels, data.test_labels))
-    worth = models.load_reward(reward, device) if reward else None
-    goal = make_goal(data.train.to(device), labels, worth, reward_weight)
-    with torch.random.fork_rng(devices=[]):  # so that a repeated command begins with the same energy
-        torch.manual_seed(config.seed)
-        structured, made_by = models.load_energy(energy) if energy else (None, "")
-    if structured is not None:
-        require_energy(structured, data.shape, config, denoiser.classes)
-    learned = schedule_name == LEARNED
-    if learned:
-        schedule = levels_for(denoiser, steps, out, data.shape, labels, config, device, meter)
-    else:
-        schedule = find_schedule(schedule_name, denoiser)
-    times = processes.same(schedule.times(denoiser.path, steps))
-    state = make_state(denoiser, times, config, data.shape, structured)
-    settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "shape": list(data.shape)}
-    if reward is not None:
-        settings |= {"reward": models.relative_to(reward, out)[0], "reward_weight": reward_weight}
-        settings |= {"reward_fingerprint": fingerprint(worth.state_dict().values())} if isinstance(worth, nn.Module) else {}
-    if energy is not None:
-        settings |= {"energy": models.relative_to(energy, out)[0], "energy_fingerprint": made_by}
-    if labels is not None:
-        settings |= {"labels_fingerprint": fingerprint([labels])}
-    settings |= data_settings(source, data) | dataclasses.asdict(config) | {"learned_levels": learned}
-    if processes.index == 0:
-        before = dataclasses.asdict(FinetuneConfig(score="density"))  # what runs did before there was a choice
-        open_run(out, "finetune", settings, before | {"learned_levels": False})
-        if learned:
-            schedule.save(out / SCHEDULE)
-    processes.wait()
-    resume(out, state, processes.index == 0)
-    loop = finetune_loop(state, goal, Goal(data.test.to(device), test_labels), processes)
-    if processes.index == 0:
-        loop = record(out, state, loop, tensorboard=tensorboard)
-    for _ in track(loop, state.total - state.step, f"fine-tuning {steps} steps"):
-        pass
-    if processes.index == 0:
-        models.save_weights(state.best["sampler"], out / models.SAMPLER)
-        models.save_weights(state.best["value"], out / models.VALUE)
-    return out
-
-
-def levels_for(
-    denoiser: Denoiser,
-    steps: int,
-    out: File,
-    shape: tuple[int, ...],
-    labels: Tensor | None,
-    config: FinetuneConfig,
-    device: str,
-    meter: Meter,
-) -> Schedule:
-    """The schedule that a sampler of so many steps learns on: for ancestral ones, which it starts with (`tailor`). That of an
-    unfinished run is its folder's."""
-    if (out / SCHEDULE).exists():
-        return Schedule.load(out / SCHEDULE)
-    cond = None if labels is None else {"class_labels": labels[:NOISES].to(device)}
-    refined = [steps] if steps <= MOST_REFINED else []
-    with meter((1 + len(refined)) * BUDGET * denoiser.evaluations, "learning levels") as tick:
-        return tailor(
-            denoiser,
-            "ancestral",
-            refined,
-            shape=shape,
-            cond=cond,
-            batch_size=config.batch_size,
-            generator=torch.Generator().manual_seed(config.seed),
-            device=device,
-            tick=tick,
-        )
 
 
 def baselines(like: Schedule) -> dict[str, Schedule]:

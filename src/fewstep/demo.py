@@ -19,6 +19,7 @@ from fewstep.config import FinetuneConfig, LearnConfig, Solver, Source, TrainCon
 from fewstep.fit import fit
 from fewstep.metrics import auroc
 from fewstep.run import open_run, write_json
+from fewstep.tune import finetune
 from fewstep.verdict import sentences
 
 STEPS = 4
@@ -41,7 +42,7 @@ def run_demo(
     small: dict[str, Any] = {"noises": 64, "budget": 7000, "verdict_noises": 8, "verdict_doublings": 0} if quick else {}
     learn_config = LearnConfig(solver=SOLVER, steps=(STEPS,), seed=seed, **small)
     _, learned = fit(str(model), None, fitted, learn_config, track=track, meter=meter)
-    commands.finetune(str(model), SOURCE, tuned, STEPS, finetune_config, track=track, meter=meter)
+    finetune(str(model), SOURCE, tuned, STEPS, finetune_config, track=track, meter=meter)
     _, rows, floor = evaluation.evaluate(
         str(model),
         SOURCE,
