@@ -14,6 +14,7 @@ import torch
 from matplotlib.ticker import NullFormatter
 
 from fewstep.report import COLOURS  # and the style of our pictures
+from fewstep.tailor import LEARNED_CURVES
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "schedules.png"
 
@@ -93,7 +94,7 @@ def one_summary(rows: list[dict]) -> dict:
         "best_or_within_2_percent": rounded(sum(shortfall(row)[0] <= 1.02 for row in rows) / max(len(rows), 1)),
         "strictly_best": dict(standing.most_common()),
         "worse_than_guarded": worse,
-        "kept_a_free_grid": sum(each["kept"] != "learned" for each in ours),
+        "kept_a_free_grid": sum(each["kept"] not in ("learned", *LEARNED_CURVES) for each in ours),
         "evaluations": {k: max((each[f"{k}_evaluations"] for each in ours), default=0) for k in ("curve", "refine", "verdict")},
         "seconds": {
             k: rounded(sum(each[f"{k}_seconds"] for each in ours) / max(len(ours), 1)) for k in ("curve", "refine", "verdict")
