@@ -108,9 +108,10 @@ def schedules(result: dict | None = None) -> str:
         few, best = s["few"], s["strictly_best"]
         others = sum(count for method, count in best.items() if method not in ("fewstep", "tie"))
         ratios = (f"{few[k]:.2f}" if few["cells"] else "" for k in ("of_best_standard", "of_best_free"))
+        worse = {tuple(cell[k] for k in ("model", "solver", "steps", "seed")) for cell in s["worse_than_guarded"]}
         rows.append(
             f"| {names[name]} | {s['cells']} | {' | '.join(ratios)} | {s['best_or_within_2_percent']:.0%} | "
-            f"{best.get('fewstep', 0)}, {best.get('tie', 0)}, {others} | {len(s['worse_than_guarded'])} |"
+            f"{best.get('fewstep', 0)}, {best.get('tie', 0)}, {others} | {len(worse)} |"
         )
     return "\n".join(rows)
 
