@@ -76,7 +76,7 @@ def curve_figure(file: File, schedules: dict[str, Schedule], steps: Sequence[int
 
 def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
     """A verdict's errors against the number of steps: the schedule, the model's default, the learned curves, every free one."""
-    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    figure, axis = plt.subplots(figsize=(5.6, 4.0))
     rows = {  # the errors of those that were given up are of other noises
         int(n): {name: error for name, error in row["errors"].items() if name not in row.get("given_up", {})}
         for n, row in verdict["steps"].items()
@@ -96,7 +96,7 @@ def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
     axis.set_xticks(list(rows), [f"{n}" for n in rows])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel=f"steps of {verdict['solver']}", ylabel=f"{verdict['measure']}, up to {verdict['noises']} unseen noises")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     _save(figure, file)
 
 
