@@ -67,14 +67,15 @@ def test_the_way_from_data_to_samples(trained, tmp_path, monkeypatch):
 @pytest.mark.timeout(300)
 def test_two_processes_of_torchrun_make_one_folder_of_the_same_weights(trained, tmp_path):
     pytest.importorskip("accelerate")
-    tuning = ("--iterations", 20, "--density-iterations", 10, "--batch-size", 32, "--schedule", trained / "schedule")
+    tuning = ("--iterations", 20, "--density-iterations", 10, "--batch-size", 32)  # on levels that each process learns
+    run = ("finetune", "--model", trained / "model", "--data", trained / "points.npy", "--steps", 2, *tuning)
+    fewstep(*run, "--out", tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "fewstep.cli"]
-    command += ["finetune", "--model", trained / "model", "--data", trained / "points.npy", "--out", tmp_path / "two"]
-    command += ["--steps", 2, *tuning, "--device", "cpu"]
+    command += [*run, "--out", tmp_path / "two", "--device", "cpu"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("The sampler and its energy are in") == 1
-    one, two = (load_file(folder / "sampler.safetensors") for folder in (trained / "sampler", tmp_path / "two"))
+    one, two = (load_file(tmp_path / name / "sampler.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4, msg=name)
 
