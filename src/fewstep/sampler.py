@@ -128,21 +128,11 @@ class Sampler(nn.Module):
         return self.start_mean + float(self.path.sigma(t)) * noise + (noise.flatten(1) @ basis.T @ basis).reshape(noise.shape)
 
     @torch.no_grad()
-    def rollout(
-        self,
-        start: Tensor,
-        generator: torch.Generator | None = None,
-        cond: Cond = None,
-        noise: Tensor | None = None,
-    ) -> Tensor:
-        """All states from noise to data, without gradients: (N+1, b, *d). N evaluations per sample.
-
-        noise: (N, b, *d), standard normal, in place of what the generator would draw.
-        """
+    def rollout(self, start: Tensor, generator: torch.Generator | None = None, cond: Cond = None) -> Tensor:
+        """All states from noise to data, without gradients: (N+1, b, *d). N evaluations per sample."""
         states = [start]
         for i in range(self.steps):
-            law = self.step(states[-1], i, cond)
-            states.append(law.draw(generator) if noise is None else law.at(noise[i]))
+            states.append(self.step(states[-1], i, cond).draw(generator))
         return torch.stack(states)
 
     @torch.no_grad()
