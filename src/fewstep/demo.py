@@ -121,7 +121,7 @@ def write_report(
         ),
         report.section(
             "Where the steps go",
-            f"The learned curve serves every number of steps; {STEPS} have refined levels of their own.",
+            f"The learned curve serves every number of steps; {STEPS} steps have refined levels of their own.",
             out / "schedule" / "curve.png",
         ),
         report.section(
