@@ -71,7 +71,7 @@ FINETUNE = {
     "fashion": replace(SHORT_RUN, critic_steps=4, lr_value=3e-4),
 }
 MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data
-QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=8, verdict_doublings=0)
+QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=32, verdict_doublings=0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ rmse: root mean square, per dimension, of the solver's end against the converged
 method has seen; median: of the same over the noises, which the few that end in another mode do not decide. sw: sliced
 Wasserstein distance to data; fd: Frechet distance to data in pixels (of 28 x 28 and 32 x 32 images in means of 4 x 4
 pixels). evaluations, gradients, seconds: spent on choosing the levels; those of `fewstep` are the curve's, which serves all
-numbers of steps, and the refinement's. Its verdict, on 64 to 1,024 more noises, decides whether the file keeps them, and is
+numbers of steps, and the refinement's. Its verdict, on 256 to 1,024 more noises, decides whether the file keeps them, and is
 counted apart.
 """
 
@@ -44,6 +44,7 @@ from fewstep.endpoint import Reference, Runs, reference, squared_errors
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.models import load_denoiser
+from fewstep.noises import PIECES, reference_on_arcs
 from fewstep.path import VE
 from fewstep.run import load_tree, read_lines, save_tree
 from fewstep.schedule import Schedule
@@ -71,7 +72,7 @@ HERE = Path(__file__).parent
 COSTS = ("entropic", "entropic_rescaled", "corrector", "predictor")
 BLIND = (*COSTS, *(f"{name}_to_data" for name in COSTS), "ays", "gits_l1", "gits_l2", "oss")  # they know no solver
 
-VERDICT_DOUBLINGS = LearnConfig().verdict_doublings
+LEARN = LearnConfig()
 REDUCED: dict[str, baselines.Peer] = {  # for convolutions on a CPU: at most about 10,000 evaluations each
     "entropic": partial(baselines.entropic, probes=50, draws=32),
     "entropic_rescaled": partial(baselines.entropic, rescaled=True, probes=50, draws=32),
@@ -127,7 +128,7 @@ class Model:
         assert denoiser.shape is not None
         self.shape = denoiser.shape
 
-    def reference(self, seed: int, purpose: str, k: int = 0, verdict_noises: int = 64) -> Reference:
+    def reference(self, seed: int, purpose: str, k: int = 0, verdict_noises: int = 0) -> Reference:
         """From noises that belong to this seed and purpose, and of a verdict to its round k."""
         plan = self.plan
         count, levels, number = {
@@ -135,18 +136,19 @@ class Model:
             "verdict": (verdict_noises, 96, 100 + k),
             "test": (plan.tests, plan.converged, 3),
         }[purpose]
-        purpose = f"{purpose}{k}" if purpose == "verdict" else purpose
-        if (seed, purpose) not in self.known:
-            file = self.folder / f"{self.name}-{seed}-{purpose}.safetensors"
+        on_arcs, name = purpose == "verdict", f"{purpose}{k}" if purpose == "verdict" else purpose
+        if (seed, name) not in self.known:
+            file = self.folder / f"{self.name}-{seed}-{name}.safetensors"
             if not file.exists():
-                noise = torch.randn(count, *self.shape, generator=seeded(1000 * seed + number))
-                found = reference(
-                    self.denoiser, noise, levels=levels, sigma_min=self.low, sigma_max=self.high, batch_size=plan.batch_size
-                )
+                g, about = seeded(1000 * seed + number), {"levels": levels, "sigma_min": self.low, "sigma_max": self.high}
+                size = (count // PIECES, 2) if on_arcs else (count,)
+                draw = partial(reference_on_arcs, generator=g) if on_arcs else reference
+                noise = torch.randn(*size, *self.shape, generator=g)
+                found = draw(self.denoiser, noise, batch_size=plan.batch_size, **about)
                 save_tree(file, found._asdict())
             stored = load_tree(file)
-            self.known[seed, purpose] = Reference(**stored | {"bending": tuple(stored["bending"])})
-        return self.known[seed, purpose]
+            self.known[seed, name] = Reference(**stored | {"bending": tuple(stored["bending"])})
+        return self.known[seed, name]
 
     def features(self, x: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(x, 4) if x.shape[-1] > 8 else x
@@ -273,7 +275,7 @@ class Curve:
             found_there, spent = squares_of(model.denoiser, self.solver, grids, unseen, batch_size=batch_size)
             return found_there, unseen.evaluations + spent
 
-        verdict = settle(entrants(found, [steps]), squares, self.solver, 64, VERDICT_DOUBLINGS)
+        verdict = settle(entrants(found, [steps]), squares, self.solver, LEARN.verdict_noises, LEARN.verdict_doublings)
         judging = time.perf_counter() - start
         made = guard(found, verdict)
         note = made.provenance["refined"][str(steps)]

@@ -19,7 +19,7 @@ from fewstep.models import load_denoiser, load_sampler
 from fewstep.schedule import Schedule, karras
 
 TINY = ["--width", "16", "--depth", "1", "--threads", "1"]
-SMALL = ["--noises", 64, "--budget", 7000, "--verdict-noises", 8]
+SMALL = ["--noises", 64, "--budget", 7000, "--verdict-noises", 32]
 
 
 def fewstep(*arguments, expect=0, capsys=None):
@@ -141,7 +141,7 @@ def test_samples_with_a_label_land_in_its_class(conditional, tmp_path):
 
 def test_a_conditional_model_serves_the_commands_that_know_no_labels(conditional, tmp_path):
     model, data = ("--model", conditional / "model"), ("--data", conditional / "points.npz")
-    few = ("--cost", "corrector", "--draws", 16, "--probes", 20, "--verdict-noises", 8)
+    few = ("--cost", "corrector", "--draws", 16, "--probes", 20, "--verdict-noises", 32)
     fewstep("schedule", *model, *few, "--out", tmp_path / "schedule")
     more = ("--schedule", tmp_path / "schedule", "--steps", 6, "--count", 300, "--seeds", 1, "--out", tmp_path / "e")
     fewstep("evaluate", *model, *data, *more)
@@ -340,7 +340,7 @@ def test_other_levels_for_the_steps_that_were_evaluated_are_noticed_on_the_same_
 
 def test_a_schedule_by_the_published_cost_from_data_or_from_the_models_own_samples(trained, tmp_path):
     """The corrector's cost knows no solver and needs data, its own where none are given."""
-    few = ("--cost", "corrector", "--draws", 16, "--probes", 20, "--verdict-noises", 8)
+    few = ("--cost", "corrector", "--draws", 16, "--probes", 20, "--verdict-noises", 32)
     for out, data in (("a", ("--data", trained / "points.npy")), ("b", ())):
         fewstep("schedule", "--model", trained / "model", *data, *few, "--out", tmp_path / out)
     a, b = (Schedule.load(tmp_path / out / "schedule.json").provenance for out in "ab")
@@ -355,7 +355,7 @@ def test_a_schedule_is_held_against_another_model_by_exit_codes(trained, tmp_pat
         "from fewstep.mixture import ring\nfrom fewstep.path import VE\n\n"
         "def other():\n    return ring(std=0.001, path=VE(0.02, 40.0))\n"
     )
-    check = ("schedule", "--check", trained / "schedule", "--verdict-noises", 8)
+    check = ("schedule", "--check", trained / "schedule", "--verdict-noises", 32)
     fewstep(*check, "--model", trained / "model")
     assert "keep: " in capsys.readouterr().out
     fewstep(*check, "--model", f"{tmp_path}/mine.py:other", expect=3)

@@ -24,7 +24,7 @@ from fewstep.tailor import LEARNED_CURVES, LEVELS
 from fewstep.verdict import REPETITIONS
 from test_adapters import dit, sd3, text_unet, unet
 
-SMALL = ("--noises", 64, "--budget", 7000, "--verdict-noises", 8, "--threads", 1)
+SMALL = ("--noises", 64, "--budget", 7000, "--verdict-noises", 32, "--threads", 1)
 MODELS = """
 from fewstep.mixture import Mixture, ring
 from fewstep.path import VE
@@ -262,7 +262,7 @@ TITLES = ["reference", "curve", "refining 3 steps", "refining 5 steps", "verdict
 
 
 def test_a_stopped_fit_goes_on_with_its_stage_and_ends_with_the_same_file(mine, seen, tmp_path):
-    config = LearnConfig(steps=(3, 5), noises=64, budget=8000, verdict_noises=8)
+    config = LearnConfig(steps=(3, 5), noises=64, budget=8000, verdict_noises=32)
     titles = []
     fit.fit(mine(), None, tmp_path / "whole", config, meter=stages(titles))
     assert titles == TITLES
@@ -342,7 +342,7 @@ def test_check_keeps_a_schedule_that_suits_and_asks_for_a_refit_where_it_does_no
 
     def check(name, expect, file=folder):
         return fewstep(
-            capsys, "schedule", "--model", mine(name), "--check", file, "--verdict-noises", 8, "--threads", 1, expect=expect
+            capsys, "schedule", "--model", mine(name), "--check", file, "--verdict-noises", 32, "--threads", 1, expect=expect
         )[0]
 
     out = check("exact", 0)
@@ -362,18 +362,21 @@ def test_check_compares_with_the_rivals_that_the_files_verdict_had(mine, tmp_pat
         del row["errors"]["dmn"]
     file.write_text(json.dumps(document))
     old = set(next(iter(document["provenance"]["verdict"]["steps"].values()))["errors"])
-    config = LearnConfig(steps=(4,), verdict_noises=8)
+    config = LearnConfig(steps=(4,), verdict_noises=32)
     found, _ = fit.check(file, mine(), config)
     assert set(found["steps"]["4"]["errors"]) == old
     assert "dmn" not in old
 
 
-def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_conditions(monkeypatch):
+@pytest.mark.parametrize("solver", ["euler", "ancestral"])
+def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_conditions(solver, monkeypatch):
+    """The noises of a stochastic solver each have the next condition; of others every arc of 16 has."""
     met = []
 
     def asked(denoiser, noise, cond, **about):
         met.append((noise, deal(cond, torch.arange(len(noise)))["label"]))
-        return Reference(noise, noise, torch.ones(2), (torch.ones(1, 1), torch.ones(1, 1)), 0)
+        alike, each = torch.ones(len(noise)), torch.arange(len(noise))
+        return Reference(noise, noise, torch.ones(2), (torch.ones(1, 1), torch.ones(1, 1)), 0, alike, each)
 
     seeds: list[int] = []
 
@@ -383,20 +386,22 @@ def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_con
         tails = torch.from_numpy(np.random.default_rng(len(met)).pareto(0.5, (2, len(known.noise))))
         return {n: {"learned": tails[0], "karras": tails[1]} for n in grids}, 0
 
-    monkeypatch.setattr(fit, "reference", asked)
+    monkeypatch.setattr(fit, "reference" if solver == "ancestral" else "reference_on_arcs", asked)
     monkeypatch.setattr(fit, "squares_of", undecided)
-    config = LearnConfig(verdict_noises=16, verdict_doublings=3)
+    each, shape = (1, (2,)) if solver == "ancestral" else (16, (2, 2))  # noises for a condition, and what they are drawn from
+    config = LearnConfig(verdict_noises=32 * each, verdict_doublings=3)
     about = {"cond": {"label": torch.arange(1000)}, "batch_size": 8}
     grids = {4: {"learned": torch.ones(4), "karras": torch.ones(4)}}
-    fit.judged_afresh(ring(), (0.01, 10.0), grids, "euler", config, (2,), about, "cpu", fit.unmetered)
-    assert [len(noise) for noise, _ in met] == [16, 16, 32, 64]
-    assert len(torch.cat([noise for noise, _ in met]).unique(dim=0)) == 128
+    verdict = fit.judged_afresh(ring(), (0.01, 10.0), grids, solver, config, (2,), about, "cpu", fit.unmetered)
+    assert verdict["noises"] == 256 * each
+    assert [noise.shape for noise, _ in met] == [(n, *shape) for n in (32, 32, 64, 128)]
+    assert len(torch.cat([noise for noise, _ in met]).unique(dim=0)) == 256
     assert len(set(seeds)) == 4  # of what a stochastic solver draws
-    assert torch.equal(torch.cat([label for _, label in met]), torch.arange(128))
+    assert torch.equal(torch.cat([label for _, label in met]), torch.arange(256))
     neighbour = dataclasses.replace(config, seed=1)
     before, met[:] = torch.cat([noise for noise, _ in met]), []
-    fit.judged_afresh(ring(), (0.01, 10.0), grids, "euler", neighbour, (2,), about, "cpu", fit.unmetered)
-    assert len(torch.cat([before, *(noise for noise, _ in met)]).unique(dim=0)) == 256
+    fit.judged_afresh(ring(), (0.01, 10.0), grids, solver, neighbour, (2,), about, "cpu", fit.unmetered)
+    assert len(torch.cat([before, *(noise for noise, _ in met)]).unique(dim=0)) == 512
 
 
 def test_check_of_a_trained_model_whose_weights_were_changed(tmp_path, capsys):
@@ -408,7 +413,7 @@ def test_check_of_a_trained_model_whose_weights_were_changed(tmp_path, capsys):
     for share, expect in ((0.0, 0), (1e-3, 0), (1.0, 3)):
         changed = {k: w + share * w.std() * torch.randn(w.shape, generator=g) for k, w in weights.items()}
         save_file(changed, tmp_path / "model" / "model.safetensors")
-        arguments = ("--model", tmp_path / "model", "--check", tmp_path / "o", "--verdict-noises", 8)
+        arguments = ("--model", tmp_path / "model", "--check", tmp_path / "o", "--verdict-noises", 32)
         out, _ = fewstep(capsys, "schedule", *arguments, expect=expect)
         assert ("keep: " if expect == 0 else "refit: ") in out
 
@@ -417,14 +422,14 @@ def test_check_of_a_guided_schedule_and_of_a_guarded_one(mine, tmp_path, capsys)
     save_pipeline("DiT", tmp_path)
     options = ("--cond", tmp_path / "cond.safetensors", "--guidance", 3)
     schedule(
-        capsys, tmp_path / "model", tmp_path / "g", *options, small=(*SMALL[:2], "--budget", 13_500, "--verdict-noises", 8)
+        capsys, tmp_path / "model", tmp_path / "g", *options, small=(*SMALL[:2], "--budget", 13_500, "--verdict-noises", 32)
     )
     out, _ = fewstep(
-        capsys, "schedule", "--model", tmp_path / "model", "--check", tmp_path / "g", *options, "--verdict-noises", 8
+        capsys, "schedule", "--model", tmp_path / "model", "--check", tmp_path / "g", *options, "--verdict-noises", 32
     )
     assert "keep: " in out
     schedule(capsys, mine(), tmp_path / "l", "--solver", "heun", "--cost", "corrector", "--probes", 10, "--draws", 8)
-    out, _ = fewstep(capsys, "schedule", "--model", mine(), "--check", tmp_path / "l", "--verdict-noises", 8)
+    out, _ = fewstep(capsys, "schedule", "--model", mine(), "--check", tmp_path / "l", "--verdict-noises", 32)
     assert out.count("(1.00 times)") == 2  # also where the file holds a free grid
     assert "keep: " in out
 
@@ -489,7 +494,7 @@ def test_the_predictors_cost(solver, mine, tmp_path, capsys):
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral"])
 def test_levels_for_image_to_image_begin_where_they_were_asked_to_and_are_checked_there(solver, mine, seen, tmp_path, capsys):
     options = ("--solver", solver, "--start", 1.5, "--steps", 3)
-    small = ("--noises", 64, "--budget", 8000, "--verdict-noises", 8)
+    small = ("--noises", 64, "--budget", 8000, "--verdict-noises", 32)
     schedule(capsys, mine(), tmp_path / "o", *options, small=small)
     learned = Schedule.load(tmp_path / "o" / "schedule.json")
     about = learned.provenance
@@ -548,7 +553,7 @@ MISTAKES = {
     "an unknown cost": ("exact", "--cost energy", "corrector", None),
     "the predictor of a multistep solver": ("exact", "--cost predictor", "euler, ddim, heun", ""),
     "too few noises": ("exact", "--noises 10", "64", None),
-    "too few noises to judge": ("exact", "--verdict-noises 2", "8", None),
+    "too few noises to judge": ("exact", "--verdict-noises 2", "32", None),
     "levels the wrong way round": ("exact", "--sigma-min 30", "sigma_min < sigma_max", None),
     "levels beyond the model": ("exact", "--sigma-max 200", "beyond the model's noisiest level", "--sigma-max 10"),
     "no shape": ("shapeless", "", "--shape", "--shape 2"),

@@ -15,7 +15,7 @@ LAYERS = [
     ["schedule", "solvers", "metrics"],
     ["free"],
     ["cost", "endpoint"],
-    ["refine"],
+    ["noises", "refine"],
     ["tailor"],
     ["verdict", "learn"],
     ["baselines"],

@@ -39,7 +39,7 @@ def run_demo(
     model, fitted, tuned = out / "model", out / "schedule", out / "sampler"
 
     commands.train(SOURCE, model, train_config, track=track)
-    small: dict[str, Any] = {"noises": 64, "budget": 7000, "verdict_noises": 8, "verdict_doublings": 0} if quick else {}
+    small: dict[str, Any] = {"noises": 64, "budget": 7000, "verdict_noises": 32, "verdict_doublings": 0} if quick else {}
     learn_config = LearnConfig(solver=SOLVER, steps=(STEPS,), seed=seed, **small)
     _, learned = fit(str(model), None, fitted, learn_config, track=track, meter=meter)
     finetune(str(model), SOURCE, tuned, STEPS, finetune_config, track=track, meter=meter)

@@ -38,13 +38,18 @@ Log = list[tuple[float, Tensor]]
 
 class Reference(NamedTuple):
     """noise (m, *d): standard normal, or what stands for it (`Midway`); ends (m, *d): where the ODE takes it; theta (k,): the
-    levels; bending[p - 1] (k - p, m): the squared norm of D's p-th difference quotient in log sigma, p = 1, 2."""
+    levels; bending[p - 1] (k - p, m): the squared norm of D's p-th difference quotient in log sigma, p = 1, 2.
+
+    weight (m,): what a noise counts in a mean, 1 where all are drawn alike. arc (m,): which of them were drawn together, by
+    `reference_on_arcs`; else each on its own."""
 
     noise: Tensor
     ends: Tensor
     theta: Tensor
     bending: tuple[Tensor, Tensor]
     evaluations: int
+    weight: Tensor
+    arc: Tensor
 
 
 def ignore(evaluations: int) -> None:
@@ -207,7 +212,8 @@ def reference(
         raise ValueError(
             "the model's trajectories are not finite; check it with `fewstep sample --steps 64`, or raise sigma_min"
         )
-    return Reference(torch.cat(starts), x, theta, (first, second), evaluations)
+    alike, each = torch.ones(len(x), dtype=torch.float64), torch.arange(len(x))
+    return Reference(torch.cat(starts), x, theta, (first, second), evaluations, weight=alike, arc=each)
 
 
 @torch.no_grad()

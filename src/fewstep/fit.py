@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -39,6 +40,7 @@ from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.endpoint import Midway, Reference, deal, level_range, reference, steps_of_reference
 from fewstep.learn import learn_schedule
+from fewstep.noises import PIECES, evaluations_on_arcs, reference_on_arcs
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
@@ -217,20 +219,22 @@ def judged_afresh(
     meter: Meter,
 ) -> dict[str, Any]:
     """The verdict on the entrants (`entrants`), on noises that no fit has seen, as many as it takes to decide."""
-    repetitions = REPETITIONS if solver in STOCHASTIC else 1
+    stochastic = solver in STOCHASTIC
 
     def squares(k: int, count: int, open_: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
-        runs = repetitions * sum(len(each) * evaluations_of(solver, n) for n, each in open_.items())
-        seed = config.seed + UNSEEN * (k + 1)
-        noise = draw_noise(count, form, torch.Generator().manual_seed(seed), device)
-        met = 0 if k == 0 else count  # earlier rounds have dealt out this many conditions
+        seed, units = config.seed + UNSEEN * (k + 1), count if stochastic else count // PIECES
+        g, before = torch.Generator().manual_seed(seed), steps_of_reference(denoiser, 0)
+        noise = draw_noise(units, form if stochastic else (2, *form), g, device)
+        most = count * (FINE + before) if stochastic else evaluations_on_arcs(units, FINE, before)
+        runs = sum(len(each) * evaluations_of(solver, n) for n, each in open_.items())
+        most += count * runs * (REPETITIONS if stochastic else 1)
+        met = 0 if k == 0 else units  # earlier rounds have dealt out this many conditions
         given = {name: v.roll(-met, 0) for name, v in about["cond"].items()} if about["cond"] else None
-        with meter(
-            count * (steps_of_reference(denoiser, FINE) + runs) * denoiser.evaluations,
-            f"verdict, round {k + 1}: {count} noises",
-        ) as tick:
-            dealt = {**about, "cond": given, "tick": tick}
-            known = reference(denoiser, noise, levels=FINE, sigma_min=ends[0], sigma_max=ends[1], **dealt)
+        with meter(most * denoiser.evaluations, f"verdict, round {k + 1}: {count} noises") as tick:
+            dealt: dict[str, Any] = {**about, "cond": given, "tick": tick}
+            fine: dict[str, Any] = {"levels": FINE, "sigma_min": ends[0], "sigma_max": ends[1], **dealt}
+            draw = reference if stochastic else partial(reference_on_arcs, generator=g)
+            known = draw(denoiser, noise, **fine)
             found, spent = squares_of(denoiser, solver, open_, known, seed=seed + 1, **dealt)
             return found, known.evaluations + spent
 

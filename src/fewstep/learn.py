@@ -85,7 +85,8 @@ def learn_schedule(
     spent = 0
     if x0 is None:
         noise = draw_noise(OWN_SAMPLES, shape_of(denoiser, form), generator, device)
-        _, x0, *_, spent = reference(denoiser, noise, cond, sigma_min=sigma_min, sigma_max=sigma_max, batch_size=batch_size)
+        known = reference(denoiser, noise, cond, sigma_min=sigma_min, sigma_max=sigma_max, batch_size=batch_size)
+        x0, spent = known.ends, known.evaluations
         if cond:
             about["cond"] = {k: v[torch.arange(OWN_SAMPLES, device=v.device) % len(v)] for k, v in cond.items()}
     learned = learn_by_cost(

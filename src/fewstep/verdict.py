@@ -1,7 +1,8 @@
 """Does the schedule help, on noises that it has never seen?
 
 A deterministic solver is judged by the endpoint error; a stochastic one by the energy distance of its samples to the
-model's own finely solved ones, which falls into a share of every noise. Intervals are bootstrapped over noises in pairs:
+model's own finely solved ones, which falls into a share of every noise. Intervals are bootstrapped over arcs of noises
+(`reference_on_arcs`; of a stochastic solver over noises) in pairs:
 every schedule meets the same ones.
 """
 
@@ -62,21 +63,25 @@ def squares_of(
     seed: int = 0,
     tick: Callable[[int], object] = ignore,
 ) -> tuple[Squares, int]:
-    """The squared errors of the entrants (m,), of the m noises of a reference that nothing was fitted to, and evaluations;
-    of a stochastic solver, whose noise has this seed, the noises' shares of a squared energy distance."""
-    found, spent, rows = Squares(), 0, torch.arange(len(known.noise))
+    """The mean squared errors of the entrants on each arc of a reference that nothing was fitted to (arcs,), and evaluations;
+    of a stochastic solver, whose noise has this seed, the noises' shares of a squared energy distance (m,)."""
+    found, spent = Squares(), 0
     for n, entered in grids.items():
         if solver in STOCHASTIC:
             found[n], evaluations = _energy_distances(denoiser, solver, entered, known, cond, batch_size, seed, tick)
         else:
-            runs = Runs(denoiser, solver, known.noise, deal(cond, rows), batch_size, tick)
-            found[n] = {
-                k: squared_errors(runs(theta)[0], known.ends).nan_to_num(math.inf, posinf=math.inf)
-                for k, theta in entered.items()
-            }
+            runs = Runs(denoiser, solver, known.noise, deal(cond, known.arc), batch_size, tick)
+            found[n] = {k: on_each_arc(squared_errors(runs(theta)[0], known.ends), known) for k, theta in entered.items()}
             evaluations = runs.evaluations
         spent += evaluations
     return found, spent
+
+
+def on_each_arc(squares: Tensor, known: Reference) -> Tensor:
+    """The weighted mean on every arc of the reference (arcs,) of the squared errors of its noises (m,)."""
+    arcs = torch.bincount(known.arc)
+    found = torch.zeros(len(arcs), dtype=torch.float64).index_add(0, known.arc, known.weight * squares)
+    return (found / arcs).nan_to_num(math.inf, posinf=math.inf)
 
 
 def settle(
@@ -89,22 +94,23 @@ def settle(
     """The verdict, as it stands in the file, from as many noises as it takes: `noises`, doubled up to `doublings` times.
 
     squares(k, m, grids): of the m fresh noises of round k. A number of steps takes part in the next round while the
-    interval of its ratio to the best alternative is wide and holds 1: where a few noises go astray and make all of the
-    error, some dozens of them say nothing. What is clearly worse than that alternative does not (a race).
+    interval of its ratio to the best alternative is wide and holds 1. What is clearly worse than that alternative does not (a
+    race).
     """
-    known, spent, open_ = {n: dict[str, Tensor]() for n in grids}, 0, grids
+    known, met, spent, open_ = {n: dict[str, Tensor]() for n in grids}, dict.fromkeys(grids, 0), 0, grids
     for k in range(doublings + 1):
-        fresh, evaluations = squares(k, noises * 2 ** max(k - 1, 0), open_)
+        count = noises * 2 ** max(k - 1, 0)
+        fresh, evaluations = squares(k, count, open_)
         spent += evaluations
         for n, found in fresh.items():
-            before = known[n]
+            before, met[n] = known[n], met[n] + count
             known[n] = before | {name: torch.cat([before.get(name, each[:0]), each]) for name, each in found.items()}
         left = [n for n in open_ if undecided(known[n])]
         if not left:
             break
         open_ = {n: still_in(open_[n], known[n]) for n in left}
-    rows = {str(n): row_of(found) for n, found in known.items()}
-    most = max(row["noises"] for row in rows.values())
+    rows = {str(n): row_of(found, met[n]) for n, found in known.items()}
+    most = max(met.values())
     return {"measure": measure_of(solver), "solver": solver, "noises": most, "steps": rows, "evaluations": spent}
 
 
@@ -112,21 +118,21 @@ def measure_of(solver: str) -> str:
     return "energy distance" if solver in STOCHASTIC else "endpoint error"
 
 
-def row_of(squares: Mapping[str, Tensor]) -> dict[str, Any]:
+def row_of(squares: Mapping[str, Tensor], noises: int) -> dict[str, Any]:
     """One number of steps: the error of every entrant, the best free one, the ratio to it and to the default, with 95 %
-    intervals; best_rival: the best of the free ones and the learned curves; given_up: after how many noises those that did not
-    stay to the end were."""
+    intervals; best_rival: the best of the free ones and the learned curves; given_up: after how many of the noises those that
+    did not stay to the end were."""
     learned, best = squares["learned"], best_but(squares, OURS)
     row: dict[str, Any] = {"errors": {name: math.sqrt(max(float(each.mean()), 0.0)) for name, each in squares.items()}}
     row |= {"best_free": best, "against_best_free": ratio(learned, squares[best]), "best_rival": best_but(squares, NO_RIVALS)}
     if "default" in squares:
         row["against_default"] = ratio(learned, squares["default"])
-    given_up = {name: len(each) for name, each in squares.items() if len(each) < len(learned)}
-    return row | {"noises": len(learned)} | ({"given_up": given_up} if given_up else {})
+    given_up = {k: noises * len(each) // len(learned) for k, each in squares.items() if len(each) < len(learned)}
+    return row | {"noises": noises} | ({"given_up": given_up} if given_up else {})
 
 
 def best_but(squares: Mapping[str, Tensor], left_out: Sequence[str]) -> str:
-    """The entrant with the least mean square of those that have seen all noises."""
+    """The entrant with the least mean square of those that have met all noises."""
     taking_part = [name for name, each in squares.items() if name not in left_out and len(each) == len(squares["learned"])]
     return min(taking_part, key=lambda name: float(squares[name].mean()))
 
