@@ -44,7 +44,7 @@ from fewstep.endpoint import Reference, Runs, reference, squared_errors
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.models import load_denoiser
-from fewstep.noises import PIECES, reference_on_arcs
+from fewstep.noises import POINTS, reference_on_arcs
 from fewstep.path import VE
 from fewstep.run import load_tree, read_lines, save_tree
 from fewstep.schedule import Schedule
@@ -141,7 +141,7 @@ class Model:
             file = self.folder / f"{self.name}-{seed}-{name}.safetensors"
             if not file.exists():
                 g, about = seeded(1000 * seed + number), {"levels": levels, "sigma_min": self.low, "sigma_max": self.high}
-                size = (count // PIECES, 2) if on_arcs else (count,)
+                size = (count // POINTS, 2) if on_arcs else (count,)
                 draw = partial(reference_on_arcs, generator=g) if on_arcs else reference
                 noise = torch.randn(*size, *self.shape, generator=g)
                 found = draw(self.denoiser, noise, batch_size=plan.batch_size, **about)

@@ -370,7 +370,7 @@ def test_check_compares_with_the_rivals_that_the_files_verdict_had(mine, tmp_pat
 
 @pytest.mark.parametrize("solver", ["euler", "ancestral"])
 def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_conditions(solver, monkeypatch):
-    """The noises of a stochastic solver each have the next condition; of others every arc of 16 has."""
+    """The noises of a stochastic solver each have the next condition; of others every arc of 8 has."""
     met = []
 
     def asked(denoiser, noise, cond, **about):
@@ -388,7 +388,7 @@ def test_every_round_of_a_verdict_has_noises_of_its_own_and_goes_on_with_the_con
 
     monkeypatch.setattr(fit, "reference" if solver == "ancestral" else "reference_on_arcs", asked)
     monkeypatch.setattr(fit, "squares_of", undecided)
-    each, shape = (1, (2,)) if solver == "ancestral" else (16, (2, 2))  # noises for a condition, and what they are drawn from
+    each, shape = (1, (2,)) if solver == "ancestral" else (8, (2, 2))  # noises for a condition, and what they are drawn from
     config = LearnConfig(verdict_noises=32 * each, verdict_doublings=3)
     about = {"cond": {"label": torch.arange(1000)}, "batch_size": 8}
     grids = {4: {"learned": torch.ones(4), "karras": torch.ones(4)}}

@@ -40,7 +40,7 @@ from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.endpoint import Midway, Reference, deal, level_range, reference, steps_of_reference
 from fewstep.learn import learn_schedule
-from fewstep.noises import PIECES, evaluations_on_arcs, reference_on_arcs
+from fewstep.noises import POINTS, evaluations_on_arcs, reference_on_arcs
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
@@ -222,7 +222,7 @@ def judged_afresh(
     stochastic = solver in STOCHASTIC
 
     def squares(k: int, count: int, open_: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
-        seed, units = config.seed + UNSEEN * (k + 1), count if stochastic else count // PIECES
+        seed, units = config.seed + UNSEEN * (k + 1), count if stochastic else count // POINTS
         g, before = torch.Generator().manual_seed(seed), steps_of_reference(denoiser, 0)
         noise = draw_noise(units, form if stochastic else (2, *form), g, device)
         most = count * (FINE + before) if stochastic else evaluations_on_arcs(units, FINE, before)

@@ -4,10 +4,10 @@ Where a few noises in a thousand end in another mode than they should, those few
 hardly meet one. But z(phi) = a cos phi + b sin phi is standard normal at every phi if a and b are, so the mean over noises is
 the mean along such arcs, and along an arc a change of mode is found by halving:
 
-    1. follow an arc's noises on a few levels; again and again halve the piece with the largest |x(phi') - x(phi)|^2 |phi' - phi|,
-       the square error of taking its ends' pictures for all of it;
-    2. draw one noise from each piece: small pieces lie where a small change of noise makes another picture, and so may a small
-       error of the solver;
+    1. follow an arc's noises on a few levels; again and again halve the piece with the largest
+       |x(phi') - x(phi)|^2 |phi' - phi|, the square error of taking one end's picture for all of it;
+    2. draw a noise from one of every two neighbouring pieces: small pieces lie where a small change of noise makes another
+       picture, and so may a small error of the solver;
     3. weigh each by its piece's length: the mean stays what it is, only its variance falls.
 """
 
@@ -26,13 +26,13 @@ from fewstep.path import HALF_PI
 from fewstep.schedule import log_linear
 
 FIRST, HALVINGS = 4, 12  # pieces of equal length, and how often one of an arc is halved
-PIECES = FIRST + HALVINGS
+PIECES, POINTS = FIRST + HALVINGS, 8  # of an arc: noises drawn, one from every PIECES // POINTS neighbouring pieces
 COARSE = 24  # levels on which an arc's noises are followed to find the pieces
 
 
 def evaluations_on_arcs(arcs: int, levels: int, before: int = 0) -> int:
     """What `reference_on_arcs` asks of the model, which is asked `before` times about a noise until its levels begin."""
-    return arcs * ((PIECES + 1) * (COARSE + before) + PIECES * (levels + before))
+    return arcs * ((PIECES + 1) * (COARSE + before) + POINTS * (levels + before))
 
 
 def reference_on_arcs(
@@ -47,7 +47,7 @@ def reference_on_arcs(
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
 ) -> Reference:
-    """The `reference` from PIECES noises on each of n arcs, between pairs (n, 2, *d) of standard normal noise. The i-th arc has
+    """The `reference` from POINTS noises on each of n arcs, between pairs (n, 2, *d) of standard normal noise. The i-th arc has
     the i-th of the conditions, in turn."""
     low, high = level_range(denoiser, sigma_min, sigma_max)
     coarse = replace(log_linear(low, high), pure_noise=denoiser.path.ends_in_pure_noise(), to_data=True)
@@ -81,8 +81,10 @@ def reference_on_arcs(
         phi, order = torch.cat([phi, middle], 1).sort(1)
         x = torch.cat([x, pictures(middle)], 1).gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
-    length, arc = phi.diff(dim=1), torch.arange(n).repeat_interleave(PIECES)
-    angle = phi[:, :-1] + length * torch.rand(length.shape, generator=generator, dtype=torch.float64)
+    each = PIECES // POINTS
+    piece = each * torch.arange(POINTS) + torch.randint(each, (n, POINTS), generator=generator)
+    length, arc = phi.diff(dim=1).gather(1, piece), torch.arange(n).repeat_interleave(POINTS)
+    angle = phi.gather(1, piece) + length * torch.rand(length.shape, generator=generator, dtype=torch.float64)
     about: dict[str, Any] = {"levels": levels, "sigma_min": low, "sigma_max": high, "batch_size": batch_size, "tick": tick}
     known = reference(denoiser, at(angle.flatten(), arc), deal(cond, arc), **about)
     weight = (length * PIECES / HALF_PI).flatten()
