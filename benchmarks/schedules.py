@@ -3,7 +3,7 @@
     python benchmarks/schedules.py                                      exact mixtures, three seeds
     python benchmarks/schedules.py --digits RUN --mnist DATA --fashion RUN --fashion-data DATA      and networks
     python benchmarks/schedules.py --add ...                            only cells that the JSON lacks; its others stay
-    python benchmarks/schedules.py --add --again ...                    all cells, but the fitted peers' errors from the JSON
+    python benchmarks/schedules.py --add --again ...                    all cells, but the peers' errors from the JSON
     python benchmarks/schedules.py --add --fill ...                     only the peers that cells of the JSON lack
     python benchmarks/schedules.py --add --judge ...                    finished rows of fewer noises judged on this plan's
     python benchmarks/schedules.py --draw                               only the summary and the figure, from the rows
@@ -294,11 +294,11 @@ class Curve:
 
 
 def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, peers: Peers, before: dict | None) -> dict:
-    """before: an earlier row, from which the errors of the fitted peers are taken."""
+    """before: an earlier row, from which the peers' errors are taken."""
     plain = curve.schedule
     guarded, about = curve.refined(steps)
     spent = {"evaluations": about["curve_evaluations"], "gradients": 0, "seconds": about["curve_seconds"]}
-    names = FREE if before else peers.names(model.plan, steps, seed)
+    names = needed(before) if before else peers.names(model.plan, steps, seed)
     methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}
     thetas = {name: angles(m["sigmas"]) for name, m in methods.items()}
     both = spent["evaluations"] + about["refine_evaluations"], spent["seconds"] + about["refine_seconds"]
@@ -323,6 +323,12 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
     }
 
 
+def needed(before: dict) -> tuple[str, ...]:
+    """The peers that ours are compared with noise by noise, of an earlier row that has everybody's errors."""
+    best = (min(names, key=lambda name: before["methods"][name]["rmse"]) for names in (STANDARD, FREE))
+    return tuple(dict.fromkeys((*GUARDED, *best)))
+
+
 def judge_cell(model: Model, peers: Peers, before: dict) -> dict:
     """An earlier row with all of its levels judged on this plan's noises, those of a fitted peer anew where they are lost."""
     solver, steps, seed = before["solver"], before["steps"], before["seed"]
@@ -341,7 +347,7 @@ def rivals(squares: dict[str, Tensor]) -> dict[str, dict]:
     """Our errors against those of the levels that the guard knows, of the best published free ones and the best free ones."""
     against = {}
     for label, names in (*((name, (name,)) for name in GUARDED), ("standard", STANDARD), ("free", FREE)):
-        rival = min(names, key=lambda name: float(squares[name].mean()))
+        rival = min((name for name in names if name in squares), key=lambda name: float(squares[name].mean()))
         against[label] = {"rival": rival} | {k: rounded(v) for k, v in ratio(squares[OURS], squares[rival]).items()}
     return against
 
@@ -467,7 +473,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=HERE.parent / "runs" / "schedules", help="where finished cells are kept")
     parser.add_argument("--peers", type=Path, metavar="ROWS", help="take the peers' levels from these rows, made before")
     parser.add_argument("--add", action="store_true", help="cells of --out, if of the same models, count as finished and stay")
-    parser.add_argument("--again", action="store_true", help="with --add: they are run again, but for the fitted peers")
+    parser.add_argument("--again", action="store_true", help="with --add: they are run again, but for the peers")
     parser.add_argument("--fill", action="store_true", help="with --add: only the peers that they lack, at their seeds")
     parser.add_argument("--judge", action="store_true", help="only finished rows of fewer noises, judged again on this plan's")
     parser.add_argument("--compile", action="store_true", help="the convolutions by torch.compile; needs a C++ compiler")

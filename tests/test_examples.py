@@ -119,7 +119,7 @@ def test_the_command_line_learns_the_models_schedule_and_draws_digits_in_10_eval
     np.save(tmp_path / "mnist.npy", x.numpy())
     model = ["--model", f"{EXAMPLES / 'mnist_slim.py'}:denoiser"]
     learn = ["--data", f"{tmp_path / 'mnist.npy'}", "--sigma-min", "0.05", "--probes", "30", "--draws", "8"]
-    learn += ["--solver", "euler", "--cost", "corrector", "--verdict-noises", "8"]
+    learn += ["--solver", "euler", "--cost", "corrector", "--verdict-noises", "32"]
     cli.main(["schedule", *model, *learn, "--out", f"{tmp_path / 's'}"])
     assert Schedule.load(tmp_path / "s" / "schedule.json").provenance["split_half_error"] < 0.1
     draw = ["--schedule", f"{tmp_path / 's'}", "--solver", "ancestral", "--steps", "10", "--count", "20"]

@@ -553,7 +553,7 @@ MISTAKES = {
     "an unknown cost": ("exact", "--cost energy", "corrector", None),
     "the predictor of a multistep solver": ("exact", "--cost predictor", "euler, ddim, heun", ""),
     "too few noises": ("exact", "--noises 10", "64", None),
-    "too few noises to judge": ("exact", "--verdict-noises 2", "32", None),
+    "too few noises to judge": ("exact", "--verdict-noises 16", "32", None),
     "levels the wrong way round": ("exact", "--sigma-min 30", "sigma_min < sigma_max", None),
     "levels beyond the model": ("exact", "--sigma-max 200", "beyond the model's noisiest level", "--sigma-max 10"),
     "no shape": ("shapeless", "", "--shape", "--shape 2"),

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from counting import Counting
-from fewstep.denoiser import Denoiser
-from fewstep.endpoint import Midway, Reference, Runs, reference, squared_errors
+from fewstep import noises
+from fewstep.denoiser import Denoiser, Guided
+from fewstep.endpoint import Midway, Reference, Runs, reference, squared_errors, steps_of_reference
 from fewstep.mixture import Mixture, ring
-from fewstep.noises import POINTS, evaluations_on_arcs, reference_on_arcs
+from fewstep.noises import PIECES, POINTS, evaluations_on_arcs, reference_on_arcs
 from fewstep.path import VE, VP, Cosine, Linear, Path
 from fewstep.schedule import karras
 from fewstep.verdict import on_each_arc, squares_of
@@ -92,10 +93,25 @@ def test_it_takes_what_it_says(path, start):
     asked = model if start is None else Midway(model, start, **about)
     known = on_arcs(asked, 5, 2, levels=20, batch_size=7, tick=seen.append, **({} if start else about))
     assert known.evaluations == model.samples == sum(seen)
-    one_more = path.ends_in_pure_noise() and start is None  # the reference's level of pure noise
-    assert known.evaluations == evaluations_on_arcs(5, 20, 12 if start else 0) + one_more * 5 * POINTS
+    assert known.evaluations == evaluations_on_arcs(5, 20, steps_of_reference(asked, 0))
     assert model.most <= 7
     assert known.noise.shape == known.ends.shape == (5 * POINTS, 2)
+
+
+def test_both_halves_of_guidance_are_counted():
+    label = {"label": torch.ones(3)}
+    guided, seen = Guided(ByLabel(), 2.0, {"label": torch.tensor([0.0])}), []
+    known = on_arcs(guided, 3, 2, cond=label, levels=5, tick=seen.append)
+    assert known.evaluations == sum(seen) == 2 * evaluations_on_arcs(3, 5)
+
+
+def test_arcs_are_halved_in_parts_that_fit_and_give_the_same(monkeypatch):
+    whole = on_arcs(ring(), 7, 2, levels=5)
+    monkeypatch.setattr(noises, "MEMORY", 2 * PIECES * 2)  # two arcs' pictures
+    model = Counting(ring())
+    parts = on_arcs(model, 7, 2, levels=5)
+    assert model.most <= 7 * POINTS
+    torch.testing.assert_close(parts.noise, whole.noise, rtol=1e-12, atol=1e-12)
 
 
 def test_the_size_of_batches_does_not_change_the_noises():

@@ -437,6 +437,18 @@ def test_a_verdict_that_decides_asks_once(learned):
     assert "given_up" not in row
 
 
+def test_a_verdict_goes_on_while_it_is_open_which_alternative_is_the_best():
+    """The learned levels have lost after the first round; which of two free ones to keep is not known by then."""
+    asked: list = []
+    verdict = settle(GRIDS, errors(50.0, asked=asked), "euler", 64, 3)
+    assert [count for count, _ in asked] == [64, 64, 128, 256]
+    assert all({"learned", "good", "fair"} <= names[5] for _, names in asked)
+    assert verdict["steps"]["5"]["against_best_free"]["low"] > 1
+    asked.clear()
+    settle(GRIDS, errors(50.0, heavy=False, asked=asked), "euler", 64, 3)
+    assert len(asked) == 1
+
+
 def test_an_undecided_verdict_doubles_its_noises_to_a_limit_keeps_the_earlier_ones_and_counts_all():
     asked: list = []
     squares = errors(1.0, asked=asked)

@@ -97,10 +97,10 @@ class LearnConfig:
     """Noises whose endpoints are compared."""
     budget: Count = 15_000
     """Evaluations of the network for the curve, and again for each of the refined numbers of steps."""
-    verdict_noises: Annotated[int, Field(ge=32)] = 256
+    verdict_noises: Annotated[int, Field(ge=32, multiple_of=8)] = 256
     """Fresh noises for the verdict; for a solver without noise of its own they lie on arcs, 8 on each."""
     verdict_doublings: Annotated[int, Field(ge=0)] = 2
-    """How often that number is doubled where they do not decide. A noise costs some 100 evaluations and at first some 15 runs
+    """How often that number is doubled where they do not decide. A noise costs some 150 evaluations and at first some 15 runs
     per number of steps, later as many as there are schedules that may still be the best; a stochastic solver takes five times
     as many runs."""
     probes: Annotated[int, Field(ge=3)] = 100

@@ -169,8 +169,8 @@ def mean_square(runs: Runs, theta: Tensor, ends: Tensor) -> float:
 
 
 def steps_of_reference(denoiser: Denoiser, levels: int) -> int:
-    """How often a reference of so many levels asks the model about one noise."""
-    return levels + (MIDWAY_STEPS if isinstance(denoiser, Midway) else 0)
+    """How often a reference of so many levels asks the model about one noise: once more at pure noise."""
+    return levels + (MIDWAY_STEPS if isinstance(denoiser, Midway) else 0) + denoiser.path.ends_in_pure_noise()
 
 
 @torch.no_grad()

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.endpoint import REFERENCE_SOLVER, Midway, Reference, Runs, deal, ignore, level_range, reference
+from fewstep.endpoint import MEMORY, REFERENCE_SOLVER, Midway, Reference, Runs, deal, ignore, level_range, reference
 from fewstep.path import HALF_PI
 from fewstep.schedule import log_linear
 
 FIRST, HALVINGS = 4, 12  # pieces of equal length, and how often one of an arc is halved
-PIECES, POINTS = FIRST + HALVINGS, 8  # of an arc: noises drawn, one from every PIECES // POINTS neighbouring pieces
+PIECES = FIRST + HALVINGS
+POINTS = 8  # noises drawn on an arc
 COARSE = 24  # levels on which an arc's noises are followed to find the pieces
 
 
@@ -50,18 +51,19 @@ def reference_on_arcs(
     """The `reference` from POINTS noises on each of n arcs, between pairs (n, 2, *d) of standard normal noise. The i-th arc has
     the i-th of the conditions, in turn."""
     low, high = level_range(denoiser, sigma_min, sigma_max)
-    coarse = replace(log_linear(low, high), pure_noise=denoiser.path.ends_in_pure_noise(), to_data=True)
-    theta, n, spent = coarse.angles(COARSE)[:-1], len(noise), 0
+    pure, n, spent = denoiser.path.ends_in_pure_noise(), len(noise), 0
+    theta = replace(log_linear(low, high), pure_noise=pure, to_data=True).angles(COARSE + pure)[:-1]
 
     def at(phi: Tensor, arc: Tensor) -> Tensor:
+        """The noises of these arcs (m,) at the angles phi (m,)."""
         pair, where = noise[arc.to(noise.device)], phi.to(noise).reshape(-1, *[1] * (noise.ndim - 2))
         return pair[:, 0] * where.cos() + pair[:, 1] * where.sin()
 
     @torch.no_grad()
-    def pictures(phi: Tensor) -> Tensor:
-        """Where the noises at the angles phi (n, k) end, on few levels: (n, k, D)."""
+    def pictures(phi: Tensor, arcs: Tensor) -> Tensor:
+        """Where the noises of the arcs (a,) at the angles phi (a, k) end, on few levels: (a, k, D)."""
         nonlocal spent
-        arc, found = torch.arange(n).repeat_interleave(phi.shape[1]), []
+        arc, found = arcs.repeat_interleave(phi.shape[1]), []
         for rows in torch.arange(len(arc)).split(batch_size):
             given, first = deal(cond, arc[rows]), at(phi.flatten()[rows], arc[rows])
             if isinstance(denoiser, Midway):
@@ -71,16 +73,21 @@ def reference_on_arcs(
             runs = Runs(denoiser, REFERENCE_SOLVER, first, given, batch_size, tick)
             found.append(runs(theta)[0].flatten(1).cpu())
             spent += runs.evaluations
-        return torch.cat(found).reshape(n, phi.shape[1], -1)
+        return torch.cat(found).reshape(len(arcs), phi.shape[1], -1)
 
-    phi = torch.linspace(0, HALF_PI, FIRST + 1, dtype=torch.float64).expand(n, -1)
-    x = pictures(phi)
-    for _ in range(HALVINGS):
-        largest = (x.diff(dim=1).square().sum(-1) * phi.diff(dim=1)).argmax(1, keepdim=True)
-        middle = (phi.gather(1, largest) + phi.gather(1, largest + 1)) / 2
-        phi, order = torch.cat([phi, middle], 1).sort(1)
-        x = torch.cat([x, pictures(middle)], 1).gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+    def pieces(arcs: Tensor) -> Tensor:
+        """The angles between them (a, PIECES + 1)."""
+        phi = torch.linspace(0, HALF_PI, FIRST + 1, dtype=torch.float64).expand(len(arcs), -1)
+        x = pictures(phi, arcs)
+        for _ in range(HALVINGS):
+            largest = (x.diff(dim=1).square().sum(-1) * phi.diff(dim=1)).argmax(1, keepdim=True)
+            middle = (phi.gather(1, largest) + phi.gather(1, largest + 1)) / 2
+            phi, order = torch.cat([phi, middle], 1).sort(1)
+            x = torch.cat([x, pictures(middle, arcs)], 1).gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+        return phi
 
+    together = max(1, MEMORY // (PIECES * noise[0, 0].numel()))  # arcs whose pictures are held at once
+    phi = torch.cat([pieces(arcs) for arcs in torch.arange(n).split(together)])
     each = PIECES // POINTS
     piece = each * torch.arange(POINTS) + torch.randint(each, (n, POINTS), generator=generator)
     length, arc = phi.diff(dim=1).gather(1, piece), torch.arange(n).repeat_interleave(POINTS)

@@ -1,15 +1,14 @@
 """Does the schedule help, on noises that it has never seen?
 
-A deterministic solver is judged by the endpoint error; a stochastic one by the energy distance of its samples to the
-model's own finely solved ones, which falls into a share of every noise. Intervals are bootstrapped over arcs of noises
-(`reference_on_arcs`; of a stochastic solver over noises) in pairs:
-every schedule meets the same ones.
+A deterministic solver is judged by the endpoint error on arcs of noises (`reference_on_arcs`); a stochastic one by the energy
+distance of its samples to the model's own finely solved ones, which falls into a share of every noise. Intervals are
+bootstrapped over arcs, or noises, in pairs: every schedule meets the same ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -93,9 +92,8 @@ def settle(
 ) -> dict[str, Any]:
     """The verdict, as it stands in the file, from as many noises as it takes: `noises`, doubled up to `doublings` times.
 
-    squares(k, m, grids): of the m fresh noises of round k. A number of steps takes part in the next round while the
-    interval of its ratio to the best alternative is wide and holds 1. What is clearly worse than that alternative does not (a
-    race).
+    squares(k, m, grids): as `squares_of`, of m fresh noises of round k. What is clearly worse than the best entrant does not
+    take part in the next round (a race); a number of steps does while it is open which is the best.
     """
     known, met, spent, open_ = {n: dict[str, Tensor]() for n in grids}, dict.fromkeys(grids, 0), 0, grids
     for k in range(doublings + 1):
@@ -105,10 +103,10 @@ def settle(
         for n, found in fresh.items():
             before, met[n] = known[n], met[n] + count
             known[n] = before | {name: torch.cat([before.get(name, each[:0]), each]) for name, each in found.items()}
-        left = [n for n in open_ if undecided(known[n])]
-        if not left:
+        staying = {n: still_in(entered, known[n]) for n, entered in open_.items()}
+        open_ = {n: entered for n, entered in staying.items() if undecided(known[n], entered)}
+        if not open_:
             break
-        open_ = {n: still_in(open_[n], known[n]) for n in left}
     rows = {str(n): row_of(found, met[n]) for n, found in known.items()}
     most = max(met.values())
     return {"measure": measure_of(solver), "solver": solver, "noises": most, "steps": rows, "evaluations": spent}
@@ -137,11 +135,6 @@ def best_but(squares: Mapping[str, Tensor], left_out: Sequence[str]) -> str:
     return min(taking_part, key=lambda name: float(squares[name].mean()))
 
 
-def undecided(squares: Mapping[str, Tensor]) -> bool:
-    found = ratio(squares["learned"], squares[best_but(squares, NO_RIVALS)])
-    return found["low"] <= 1 <= found["high"] and found["high"] > WIDE * found["low"]
-
-
 def still_in(entered: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the alternatives whose mean square is above the best one's by more than two standard errors."""
     best = best_but(squares, NO_RIVALS)
@@ -152,6 +145,13 @@ def still_in(entered: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> di
         return not float(more.mean()) <= 2 * float(more.std()) / math.sqrt(len(more))
 
     return {name: theta for name, theta in entered.items() if name in staying or not worse(name)}
+
+
+def undecided(squares: Mapping[str, Tensor], staying: Iterable[str]) -> bool:
+    """Whether the interval of the ratio of the best entrant to one that stays in is wide and holds 1."""
+    best = best_but(squares, ("default",))
+    found = [ratio(squares[best], squares[name]) for name in staying if name not in ("default", best)]
+    return any(each["low"] <= 1 <= each["high"] and each["high"] > WIDE * each["low"] for each in found)
 
 
 def _energy_distances(
@@ -189,8 +189,8 @@ def _energy_distances(
 
 
 def ratio(ours: Tensor, theirs: Tensor, resamplings: int = 2000) -> dict[str, float]:
-    """The ratio of two root mean squares (m,), (m,) of the same noises, and its 95 % bootstrap interval. A mean square below
-    0, as an unbiased estimate of a small one may be, counts as 0; 0 over 0 is 1."""
+    """The ratio of two root mean squares (m,), (m,) of the same arcs or noises, and its 95 % bootstrap interval. A mean square
+    below 0, as an unbiased estimate of a small one may be, counts as 0; 0 over 0 is 1."""
     draw = np.random.default_rng(0).integers(len(ours), size=(resamplings, len(ours)))
     if not bool(torch.isfinite(ours).all()) or not bool(torch.isfinite(theirs).all()):
         never = math.inf if not bool(torch.isfinite(ours).all()) else 0.0  # one of the two overflows
