@@ -88,7 +88,7 @@ REDUCED: dict[str, baselines.Peer] = {  # for convolutions on a CPU: at most abo
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run on a kind of model. fitted_at: the steps at which the fitted peers take part; ld3_at: LD3, seed 0 only."""
+    """What is run on a kind of model. fitted_at: the steps at which the fitted peers take part."""
 
     solvers: tuple[str, ...]
     steps: tuple[int, ...]
@@ -97,13 +97,12 @@ class Plan:
     converged: int  # levels of the solve that all are held to
     fitted_at: tuple[int, ...]
     fitted_seeds: int
-    ld3_at: tuple[int, ...]
     batch_size: int
 
 
-MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 16_384, 300, (4, 5, 6, 8, 10, 15, 20), 3, (4, 5, 6, 8, 10), 128)
-DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 1024, 300, (4, 5, 6, 8, 10), 3, (6,), 128)
-NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 1, 256, 96, (6,), 1, (6,), 32)
+MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 16_384, 300, (4, 5, 6, 8, 10, 15, 20), 3, 128)
+DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 1024, 300, (4, 5, 6, 8, 10), 3, 128)
+NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 1, 256, 96, (6,), 1, 32)
 
 
 class Model:
@@ -219,9 +218,8 @@ class Peers:
         return (name, steps, model, seed) if name in BLIND else (name, steps, model, seed, solver)
 
     def names(self, plan: Plan, steps: int, seed: int) -> tuple[str, ...]:
-        blind = [n for n in BLIND if plan is not NETWORKS or n in REDUCED]
-        names = (*FREE, *blind) if steps in plan.fitted_at and seed < plan.fitted_seeds else FREE
-        return (*names, "ld3") if steps in plan.ld3_at and seed == 0 else names
+        fitted = [n for n in (*BLIND, "ld3") if plan is not NETWORKS or n in REDUCED]
+        return (*FREE, *fitted) if steps in plan.fitted_at and seed < plan.fitted_seeds else FREE
 
     def levels(self, model: Model, solver: str, steps: int, seed: int, name: str) -> dict:
         key = self.key(model.name, solver, seed, name, steps, (model.low, model.high))
