@@ -31,7 +31,7 @@ from torch import Tensor
 from fewstep.config import LearnConfig
 from fewstep.data import load_data
 from fewstep.denoiser import Denoiser
-from fewstep.endpoint import Midway, reference
+from fewstep.endpoint import Midway, Reference, reference
 from fewstep.export import sub_range
 from fewstep.fit import judged_afresh, unmetered
 from fewstep.learn import learn_by_cost
@@ -135,8 +135,7 @@ def run_cell(models: Models, cell: Cell) -> dict:
         grids["cut"] = sub_range(fitted(models, False, name, solver, seed, ()), sigma=start).angles(steps)[:-1]
         errors = from_pictures(models, cell, grids, start)
     else:
-        known = reference(denoiser, draw_noise(UNSEEN, denoiser.shape, seeded(90_000 + seed)), levels=300)
-        squares, _ = squares_of(denoiser, solver, {steps: grids}, known)
+        squares, _ = squares_of(denoiser, solver, {steps: grids}, from_noise(models, name, seed))
         errors = {k: math.sqrt(float(each.mean())) for k, each in squares[steps].items()}
     return row_of(cell, errors, min(free_of(errors), key=errors.__getitem__), about)
 
@@ -157,19 +156,32 @@ def distance(models: Models, cell: Cell, theta: Tensor, draw: int) -> float:
     return sliced_wasserstein(x, target, 200, seeded(draw))
 
 
-def from_pictures(models: Models, cell: Cell, grids: dict[str, Tensor], start: float) -> dict[str, float]:
-    _, name, solver, _, seed = cell
+@cache
+def from_noise(models: Models, name: str, seed: int) -> Reference:
+    denoiser = models.denoiser(name, True)
+    return reference(denoiser, draw_noise(UNSEEN, denoiser.shape, seeded(90_000 + seed)), levels=300)
+
+
+@cache
+def pictures(models: Models, name: str, seed: int, start: float) -> tuple[Tensor, Tensor]:
+    """Data with noise of this level, and where the ODE takes them."""
     denoiser, data, g = models.denoiser(name, False), models.data(name), seeded(80_000 + seed)
     data = data[torch.randint(len(data), (UNSEEN,), generator=g)]
     path, noise = denoiser.path, torch.randn(data.shape, generator=g, dtype=data.dtype)
     x = path.noised(data, noise, path.time(torch.tensor(math.atan(start), dtype=torch.float64)))
+    return x, brought_back(denoiser, x, log_linear(path.sigma_min, start).angles(200)[:-1], "unipc")
 
-    def end(theta: Tensor, solver: str) -> Tensor:
-        with torch.no_grad():
-            return solve(denoiser, x, torch.cat([path.time(theta), theta.new_zeros(1)]), solver).x
 
-    truth = end(log_linear(path.sigma_min, start).angles(200)[:-1], "unipc")
-    return {k: math.sqrt(float((end(theta, solver) - truth).double().square().mean())) for k, theta in grids.items()}
+def brought_back(denoiser: Denoiser, x: Tensor, theta: Tensor, solver: str) -> Tensor:
+    with torch.no_grad():
+        return solve(denoiser, x, torch.cat([denoiser.path.time(theta), theta.new_zeros(1)]), solver).x
+
+
+def from_pictures(models: Models, cell: Cell, grids: dict[str, Tensor], start: float) -> dict[str, float]:
+    _, name, solver, _, seed = cell
+    denoiser, (x, truth) = models.denoiser(name, False), pictures(models, name, seed, start)
+    ends = {k: brought_back(denoiser, x, theta, solver) for k, theta in grids.items()}
+    return {k: math.sqrt(float((end - truth).double().square().mean())) for k, end in ends.items()}
 
 
 def row_of(cell: Cell, errors: dict[str, float], best: str, about: dict) -> dict:
