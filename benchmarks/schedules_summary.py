@@ -92,6 +92,7 @@ def one_summary(rows: list[dict]) -> dict:
         "of_best_standard": geometric(row["against"]["standard"]["ratio"] for row in rows),
         "of_best_free": geometric(row["against"]["free"]["ratio"] for row in rows),
         "best_or_within_2_percent": rounded(sum(shortfall(row)[0] <= 1.02 for row in rows) / max(len(rows), 1)),
+        "the_same_but_for_ld3": rounded(sum(shortfall(row, "ld3")[0] <= 1.02 for row in rows) / max(len(rows), 1)),
         "strictly_best": dict(standing.most_common()),
         "worse_than_guarded": worse,
         "kept_a_free_grid": sum(each["kept"] not in ("learned", *LEARNED_CURVES) for each in ours),
@@ -109,9 +110,9 @@ def leader(row: dict) -> str:
     return first if errors[first] < errors[second] * (1 - 1e-6) else "tie"
 
 
-def shortfall(row: dict) -> tuple[float, str]:
+def shortfall(row: dict, but_for: str = "") -> tuple[float, str]:
     """Our error over the best other method's, and its name."""
-    rival = min((n for n in row["methods"] if n not in (OURS, CURVE)), key=lambda n: row["methods"][n]["rmse"])
+    rival = min((n for n in row["methods"] if n not in (OURS, CURVE, but_for)), key=lambda n: row["methods"][n]["rmse"])
     return row["methods"][OURS]["rmse"] / row["methods"][rival]["rmse"], rival
 
 
