@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--schedules", type=Path, default=HERE / "schedules.json", help="the JSON of schedules.py")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    args.mnist = args.fashion = None
+    args.mnist = args.fashion = args.compile = None
     (args.rows / "budget").mkdir(parents=True, exist_ok=True)
     run(args)
     rows = rows_in(args.rows / "budget")
