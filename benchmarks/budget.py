@@ -18,13 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from fewstep.config import LearnConfig
 from fewstep.endpoint import Runs, mean_square, reference
 from fewstep.run import write_json
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps
-from fewstep.verdict import Squares, entrants, guard, settle, squares_of
 from schedules import append, available, rows_in, seeded
 from schedules_summary import OURS, geometric, key, row_of, shortfall
 
@@ -34,7 +31,7 @@ MODELS = ("ring", "modes64", "spectrum", "digits")
 
 
 def run(args: argparse.Namespace) -> None:
-    made, learn = available(args), LearnConfig()
+    made = available(args)
     default = {key(cell): row_of(cell) for cell in json.loads(args.schedules.read_text())["cells"]}
     done = {key(row) for row in rows_in(args.rows / "budget")}
     for name in (name for name in MODELS if name in made):
@@ -47,30 +44,18 @@ def run(args: argparse.Namespace) -> None:
                 wanted = [n for n in model.plan.steps if (name, solver, n, seed) not in done]
                 if not wanted:
                     continue
-
-                def squares(
-                    k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]], model=model, seed=seed, solver=solver
-                ) -> tuple[Squares, int]:
-                    fresh = model.reference(seed, "verdict", k, count)
-                    found, spent = squares_of(model.denoiser, solver, grids, fresh)
-                    return found, fresh.evaluations + spent
-
                 curve = fit_curve(model.denoiser, solver, known, budget=BUDGET)
                 for n in wanted:
                     found = refine_steps(model.denoiser, curve, n, known, budget=BUDGET)
-                    verdict = settle(entrants(found, [n]), squares, solver, learn.verdict_noises, learn.verdict_doublings)
-                    kept = guard(found, verdict)
+                    kept = model.guarded(found, solver, n, seed)
                     runs = Runs(model.denoiser, solver, unseen.noise, batch_size=model.plan.batch_size)
                     error = math.sqrt(mean_square(runs, kept.angles(n)[:-1], unseen.ends))
                     row = {"model": name, "solver": solver, "steps": n, "seed": seed, "rmse": float(f"{error:.5g}")}
                     row |= {"kept": kept.provenance["verdict"]["kept"][str(n)]}
                     row |= {"evaluations": curve.provenance["evaluations"] + found.provenance["refined"][str(n)]["evaluations"]}
                     append(args.rows / "budget" / f"{name}.jsonl", row)
-                    print(
-                        *key(row),
-                        f"{error:.4g}, {error / default[key(row)]['methods']['ld3']['rmse']:.3f} of LD3's",
-                        flush=True,
-                    )
+                    rival = default[key(row)]["methods"]["ld3"]["rmse"]
+                    print(*key(row), f"{error:.4g}, {error / rival:.3f} of LD3's", flush=True)
 
 
 def summarise(rows: list[dict], default: Mapping[tuple, dict]) -> dict:

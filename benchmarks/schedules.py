@@ -149,6 +149,17 @@ class Model:
             self.known[seed, name] = Reference(**stored | {"bending": tuple(stored["bending"])})
         return self.known[seed, name]
 
+    def guarded(self, found: Schedule, solver: str, steps: int, seed: int) -> Schedule:
+        """With what the default verdict keeps for this number of steps."""
+
+        def squares(k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
+            unseen = self.reference(seed, "verdict", k, count)
+            found_there, spent = squares_of(self.denoiser, solver, grids, unseen, batch_size=self.plan.batch_size)
+            return found_there, unseen.evaluations + spent
+
+        verdict = settle(entrants(found, [steps]), squares, solver, LEARN.verdict_noises, LEARN.verdict_doublings)
+        return guard(found, verdict)
+
     def features(self, x: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(x, 4) if x.shape[-1] > 8 else x
 
@@ -267,20 +278,13 @@ class Curve:
         found = refine_steps(model.denoiser, self.schedule, steps, known, batch_size=batch_size)
         refining = time.perf_counter() - start
         start = time.perf_counter()
-
-        def squares(k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
-            unseen = model.reference(self.seed, "verdict", k, count)
-            found_there, spent = squares_of(model.denoiser, self.solver, grids, unseen, batch_size=batch_size)
-            return found_there, unseen.evaluations + spent
-
-        verdict = settle(entrants(found, [steps]), squares, self.solver, LEARN.verdict_noises, LEARN.verdict_doublings)
+        made = model.guarded(found, self.solver, steps, self.seed)
         judging = time.perf_counter() - start
-        made = guard(found, verdict)
         note = made.provenance["refined"][str(steps)]
         return made, {
             "curve_evaluations": made.provenance["evaluations"],
             "refine_evaluations": note["evaluations"],
-            "verdict_evaluations": verdict["evaluations"],
+            "verdict_evaluations": made.provenance["verdict"]["evaluations"],
             "curve_seconds": round(made.provenance["seconds"], 2),
             "refine_seconds": round(refining, 2),
             "verdict_seconds": round(judging, 2),
