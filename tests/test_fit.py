@@ -19,6 +19,7 @@ from fewstep.config import LearnConfig
 from fewstep.endpoint import Reference, deal
 from fewstep.free import free_schedules
 from fewstep.mixture import ring
+from fewstep.run import load_tree, save_tree
 from fewstep.schedule import Schedule
 from fewstep.tailor import LEARNED_CURVES, LEVELS
 from fewstep.verdict import REPETITIONS
@@ -317,6 +318,25 @@ def test_kill_9_at_a_random_moment_changes_nothing(mine, tmp_path):
     assert start(broken).wait() == 0
     assert (broken / "schedule.json").read_bytes() == (whole / "schedule.json").read_bytes()
     assert {f.name for f in broken.iterdir()} == {f.name for f in whole.iterdir()}
+
+
+def test_a_reference_that_an_older_version_left_is_made_again(mine, tmp_path, monkeypatch, capsys):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    schedule(capsys, mine(), tmp_path / "whole", "--steps", 5)
+    model = mine()
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "fit_curve", killed)
+        with pytest.raises(Killed):
+            schedule(capsys, model, tmp_path / "broken", "--steps", 5)
+    file = tmp_path / "broken" / "reference.safetensors"
+    save_tree(file, {k: v for k, v in load_tree(file).items() if k not in ("weight", "arc")})
+    schedule(capsys, mine(), tmp_path / "broken", "--steps", 5)
+    assert (tmp_path / "broken" / "schedule.json").read_bytes() == (tmp_path / "whole" / "schedule.json").read_bytes()
 
 
 def test_other_conditions_under_the_same_name_are_noticed(mine, tmp_path, capsys):

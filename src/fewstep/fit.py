@@ -185,8 +185,8 @@ def _tailored(
     meter: Meter,
 ) -> Schedule:
     noise = draw_noise(config.noises, form, torch.Generator().manual_seed(config.seed), device)
-    if (folder / REFERENCE).exists():
-        stored = load_tree(folder / REFERENCE)
+    stored = load_tree(folder / REFERENCE) if (folder / REFERENCE).exists() else {}
+    if stored.keys() == set(Reference._fields):  # an older fewstep's had fewer
         there = {k: stored[k].to(device) for k in ("noise", "ends")}
         known = Reference(**stored | there | {"bending": tuple(stored["bending"])})
     else:
