@@ -5,11 +5,13 @@ squares in the endpoint's error over many noises, by Levenberg-Marquardt. The ne
 Jacobian's column is a run with one level moved, of which the steps before that level need no evaluation; between
 Jacobians Broyden's update learns from the runs that are made anyway.
 
-Levels are moved by the logarithms of their gaps in log tan(theta/2), so that they cannot cross.
+Levels are moved by the logarithms of their gaps in log tan(theta/2), so that they cannot cross. The first one's gap is that
+to infinite noise, 1/sigma: it moves by log sigma, and may lie on the upper end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -44,17 +46,29 @@ class Bounds(NamedTuple):
     high: float
     free_start: bool
 
+    @property
+    def first(self) -> int:
+        """The first level that may move."""
+        return 0 if self.free_start else 1
+
     def gaps(self, bent: Tensor) -> Tensor:
-        """(N,) gaps down to each level; the first, from the upper end, is kept off zero so that its logarithm can move."""
-        top = bent.new_tensor([self.high])
-        gaps = -torch.cat([top, bent]).diff().clamp(max=-LEAST_GAP)
-        gaps[0] = max(float(self.high - bent[0]), 20 * LEAST_GAP) if self.free_start else 0.0
+        """(N,) gaps down to each level, the first from infinite noise, where the bent coordinate is 0."""
+        gaps = -torch.cat([bent.new_zeros(1), bent]).diff().clamp(max=-LEAST_GAP)
+        gaps[0] = max(float(-bent[0]), -self.high) if self.free_start else -self.high
         return gaps
 
     def levels(self, gaps: Tensor) -> Tensor:
         """(N,) falling levels, pushed up where they would leave the lower end."""
         floor = self.low + LEAST_GAP * torch.arange(len(gaps) - 1, -1, -1, dtype=torch.float64)
-        return torch.maximum(self.high - gaps.cumsum(0), floor)
+        return torch.maximum(-gaps.cumsum(0), floor)
+
+    def step(self, hessian: Tensor, gradient: Tensor, gaps: Tensor) -> Tensor:
+        """Newton's step in the free logarithms, that of the first gap held at the upper end where it would leave it."""
+        step = -torch.linalg.solve(hessian, gradient)
+        if self.free_start and step[0] < (least := math.log(-self.high / float(gaps[0]))):
+            rest = -torch.linalg.solve(hessian[1:, 1:], gradient[1:] + least * hessian[1:, 0])
+            step = torch.cat([step.new_tensor([least]), rest])
+        return step
 
 
 def bounds_of(denoiser: Denoiser, theta: Tensor) -> Bounds:
@@ -73,7 +87,7 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
         x, log = runs(unbend(levels), replay)
         return (x - ends).flatten().double().cpu(), log
 
-    free = slice(0 if bounds.free_start else 1, None)
+    free = slice(bounds.first, None)
     spent = runs.evaluations
     gaps = bounds.gaps(bent)
     bent = bounds.levels(gaps)
@@ -86,10 +100,10 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
         if jacobian is None:
             if runs.evaluations - spent + one_run * (len(bent) + 5) // 2 > budget:
                 break
-            jacobian, moves, failures = _jacobian(residual, r, log, bent, gaps, bounds)[:, free], 0, 0
+            jacobian, moves, failures = _jacobian(residual, r, log, bent, gaps, bounds), 0, 0
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ r
         scale = normal.diagonal() + 1e-9 * normal.trace()
-        step = -torch.linalg.solve(normal + damping * scale.diag(), gradient)
+        step = bounds.step(normal + damping * scale.diag(), gradient, gaps)
         step = step / max(1.0, float(step.abs().max()))  # no gap changes by more than a factor e
         moved = gaps.clone()
         moved[free] *= torch.exp(step)
@@ -118,19 +132,16 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
 
 
 def _jacobian(residual: Callable, r: Tensor, log: Log, bent: Tensor, gaps: Tensor, bounds: Bounds) -> Tensor:
-    """d residual/d log gaps, by moving one level at a time a twentieth of the way to a neighbour: (m * d, N)."""
+    """d residual/d log gaps of the levels that may move, each moved a twentieth of the way to a neighbour: (m * d, N or N - 1)."""
     columns = []
-    for i in range(len(bent)):
-        if i == 0 and not bounds.free_start:
-            columns.append(torch.zeros_like(r))
-            continue
+    for i in range(bounds.first, len(bent)):
         below = float(gaps[i + 1]) if i + 1 < len(bent) else max(float(bent[-1]) - bounds.low, 10 * LEAST_GAP)
-        move = -0.05 * min(below, 1.0) if below > gaps[i] else 0.05 * min(float(gaps[i]), 1.0)
+        move = -0.05 * min(below, 1.0) if i == 0 or below > gaps[i] else 0.05 * min(float(gaps[i]), 1.0)
         moved = bent.clone()
         moved[i] += move
         columns.append((residual(moved, log)[0] - r) / move)
     # a gap moves its own level and all below it
-    return -torch.stack(columns, 1).flip(1).cumsum(1).flip(1) * gaps
+    return -torch.stack(columns, 1).flip(1).cumsum(1).flip(1) * gaps[bounds.first :]
 
 
 def noises_for(solver: str, steps: int, starts: int, budget: int) -> int:
