@@ -132,7 +132,7 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
 
 
 def _jacobian(residual: Callable, r: Tensor, log: Log, bent: Tensor, gaps: Tensor, bounds: Bounds) -> Tensor:
-    """d residual/d log gaps of the levels that may move, each moved a twentieth of the way to a neighbour: (m * d, N or N - 1)."""
+    """d residual/d log gaps of the levels that may move, each moved by a twentieth of a gap: (m * d, N or N - 1)."""
     columns = []
     for i in range(bounds.first, len(bent)):
         below = float(gaps[i + 1]) if i + 1 < len(bent) else max(float(bent[-1]) - bounds.low, 10 * LEAST_GAP)
