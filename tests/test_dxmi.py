@@ -16,7 +16,7 @@ from fewstep.config import FinetuneConfig
 from fewstep.denoiser import OnPath, to_score
 from fewstep.dxmi import FinetuneState, make_state, running_cost, sampler_step, value_step
 from fewstep.energy import Value, density_loss, make_value
-from fewstep.finetuning import finetune, keep_best
+from fewstep.finetuning import doubt, finetune, keep_best
 from fewstep.goal import Goal, make_goal
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import Mixture, ring
@@ -628,16 +628,32 @@ def test_the_best_state_is_the_one_closest_to_the_held_out_data():
     assert state.best["step"] == (252, 502)[seen.index(min(seen))]
 
 
+def test_a_run_whose_energy_tells_its_kept_samples_from_data_is_doubted():
+    rows = [{"loss": 1.0}, {"held_out_sw": 0.2, "held_out_auroc": 0.5}, {"held_out_sw": 0.1, "held_out_auroc": 0.96}]
+    said = doubt(rows)
+    assert said is not None
+    assert "AUROC 0.96" in said
+    assert doubt([*rows, {"held_out_sw": 0.05, "held_out_auroc": 0.7}]) is None  # what is kept is another state
+    assert doubt([{"held_out_sw": 0.1}, {"loss": 1.0}]) is None  # an older run
+    assert doubt([]) is None
+
+
 def test_few_held_out_data_are_held_against_many_samples_of_their_classes():
     """Of 300 samples the distance is mostly noise, and chose states that were worse by half."""
     denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)
     times = karras(0.1, 10).times(denoiser.path, 3)
     state = make_state(denoiser, times, FinetuneConfig(iterations=250, density_iterations=0), (2,))
     state.step, data, labels = 250, torch.randn(60, 2), torch.arange(60) % 3
-    found = keep_best(state, Goal(data, labels))["held_out_sw"]
+    found = keep_best(state, Goal(data, labels))
     sampler, g = state.averaged.module, torch.Generator().manual_seed(0)
     x = sampler.sample(sampler.start(1020, (2,), g), g, {"class_labels": labels.repeat(17)})
-    assert found == sliced_wasserstein(x, data, 1000, g) == state.best["held_out_sw"]
+    assert found["held_out_sw"] == sliced_wasserstein(x, data, 1000, g) == state.best["held_out_sw"]
+    value, labels17 = state.averaged_value.module, {"class_labels": labels.repeat(17)}
+    smooth = [each + float(sampler.last_std) * torch.randn(1020, 2, generator=g) for each in (data.repeat(17, 1), x)]
+    of_data, of_samples = (value.energy(each, labels17).detach() for each in smooth)
+    told = (of_samples[None] > of_data[:, None]).double().mean() + (of_samples[None] == of_data[:, None]).double().mean() / 2
+    assert found["held_out_auroc"] == pytest.approx(float(told), abs=1e-6)
+    assert found["held_out_auroc"] == state.best["held_out_auroc"]
     for n in (0, 1):
         with pytest.raises(ValueError, match="too few held-out"):
             next(finetune(state, data, Goal(data[:n], labels[:n])))

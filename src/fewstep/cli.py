@@ -166,6 +166,8 @@ def finetune(
     if processes.accelerator is not None:
         device = str(processes.accelerator.device)
     from fewstep import commands, tune
+    from fewstep.finetuning import doubt
+    from fewstep.run import read_lines
     from fewstep.show import show as show_folder
 
     bar = track if processes.index == 0 else commands.silent
@@ -188,6 +190,8 @@ def finetune(
     if processes.index > 0:
         return
     show_folder(folder)
+    if said := doubt(read_lines(folder / "metrics.jsonl")):
+        print(said)
     print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fewstep.dxmi import FEW, FinetuneState, iterate, start_sampler
+from fewstep.energy import Value
 from fewstep.goal import Goal, condition, make_goal
-from fewstep.metrics import sliced_wasserstein
+from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.processes import ALONE, Processes
 from fewstep.sampler import Sampler
 
 LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
 ROLL_BACKS = 5
 DIRECTIONS = 1000  # of the distance to held-out data
+LOST = 0.9  # AUROC of the energy, held-out data against samples, above which the user is told
 
 
 def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: float) -> str | None:
@@ -43,18 +45,38 @@ def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: fl
 
 
 def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
-    """Now and then, hold the averaged sampler against held-out data: {"held_out_sw": ..}; keeps the best in state.best."""
+    """Now and then, hold the averaged sampler against held-out data, by a distance and by what the averaged energy makes of
+    both: {"held_out_sw": .., "held_out_auroc": ..}; keeps the best by the distance in state.best."""
     done = state.step - state.config.density_iterations
     if held_out is None or done <= 0 or (done % JUDGE_EVERY and state.step < state.total):
         return {}
     sampler, g, data = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0), held_out.data[:FEW]
     rows = torch.arange(len(data)).repeat(math.ceil(FEW / len(data)))  # few data need as many samples, or noise chooses
-    start = sampler.start(len(rows), tuple(data.shape[1:]), g)
-    found = sliced_wasserstein(sampler.sample(start, g, condition(held_out, rows)), data, DIRECTIONS, g)
-    if found < state.best.get("held_out_sw", float("inf")):
-        weights = {"sampler": sampler.state_dict(), "value": state.averaged_value.module.state_dict()}
-        state.best = copy.deepcopy({"held_out_sw": found, "step": state.step, **weights})
-    return {"held_out_sw": found}
+    start, cond = sampler.start(len(rows), tuple(data.shape[1:]), g), condition(held_out, rows)
+    x = sampler.sample(start, g, cond)
+    distance = sliced_wasserstein(x, data, DIRECTIONS, g)
+    value, told = cast(Value, state.averaged_value.module), []
+    with torch.no_grad():
+        for each in (data[rows], x):  # smoothed with the last step's noise, as the energy has seen all it knows
+            smooth = sampler.last_std.to(x) * torch.randn(each.shape, generator=g).to(x)
+            told.append(value.energy(each.to(x) + smooth, cond))
+    found = {"held_out_sw": distance, "held_out_auroc": auroc(*told)}
+    if distance < state.best.get("held_out_sw", float("inf")):
+        weights = {"sampler": sampler.state_dict(), "value": value.state_dict()}
+        state.best = copy.deepcopy({**found, "step": state.step, **weights})
+    return found
+
+
+def doubt(metrics: Sequence[Mapping[str, float]]) -> str | None:
+    """What to say of a run with these metrics if the energy tells the samples of the kept state from held-out data, or None."""
+    judged = [row for row in metrics if "held_out_auroc" in row]
+    told = min(judged, key=lambda row: row["held_out_sw"])["held_out_auroc"] if judged else 0.5
+    if told < LOST:
+        return None
+    return (
+        f"The energy tells the samples from held-out data (AUROC {told:.2f}; 0.5: it cannot), so the sampler has not "
+        "learned to follow it: look at its samples, and try more --steps or another --seed."
+    )
 
 
 def finetune(

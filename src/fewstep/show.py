@@ -8,6 +8,7 @@ from pathlib import Path as File
 from fewstep import report
 from fewstep.commands import SCHEDULE
 from fewstep.evaluation import ROWS, table_of
+from fewstep.finetuning import doubt
 from fewstep.models import PREFERENCE
 from fewstep.prefer import read_known
 from fewstep.run import read_config, read_lines
@@ -26,7 +27,7 @@ def show(folder: File) -> tuple[list[list[str]], File]:
     if run["command"] in ("train", "finetune") and metrics:
         names = ["loss"] if run["command"] == "train" else ["energy_gap", "value_loss", "sample_std", "held_out_sw"]
         report.loss_figure(folder / "metrics.png", metrics, names)
-        text = "Means over 20 iterations; docs/metrics.md defines them."
+        text = f"Means over 20 iterations; docs/metrics.md defines them. {doubt(metrics) or ''}"
         sections.append(report.section("Metrics", text, folder / "metrics.png"))
     pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png", "prefer": "preference.png"}
     if (name := pictures.get(run["command"])) and (folder / name).exists():
