@@ -638,6 +638,50 @@ def test_a_run_whose_energy_tells_its_kept_samples_from_data_is_doubted():
     assert doubt([]) is None
 
 
+def test_a_sampler_that_falls_off_its_best_state_goes_back_to_it(monkeypatch: pytest.MonkeyPatch):
+    """Nothing is infinite, collapsed or told apart beyond gamma; only the held-out measures see it."""
+    state, told = state_of(iterations=750, density_iterations=0), iter([0.5, 0.95, 0.5])
+
+    def fall(state: FinetuneState, *rest) -> dict[str, float]:
+        metrics = dxmi.iterate(state, *rest)
+        if state.step == 400:
+            list(state.averaged.module.denoiser.parameters())[-1].data.add_(20.0)
+        return metrics
+
+    monkeypatch.setattr(finetuning, "iterate", fall)
+    monkeypatch.setattr(finetuning, "auroc", lambda *_: next(told))
+    data = ring().sample(500, torch.Generator().manual_seed(0))
+    for metrics in finetune(state, data, Goal(data)):
+        if state.step == 500:
+            assert metrics["held_out_sw"] > 1.5 * state.best["held_out_sw"]
+            assert (state.rolled_back, state.rate, state.best["step"]) == (1, 0.5, 250)
+            for name in ("sampler", "value"):
+                for part in (getattr(state, name), getattr(state, {"sampler": "averaged"}.get(name, "averaged_value")).module):
+                    assert all(torch.equal(v, state.best[name][k]) for k, v in part.state_dict().items())
+            assert not state.sampler_optimiser.state
+            assert not state.value_optimiser.state
+    assert state.rolled_back == 1
+    assert state.step == 750
+
+
+@pytest.mark.parametrize(
+    ("best", "found", "is_lost"),
+    [
+        ((0.5, 0.1), (0.95, 0.2), True),
+        ((0.5, 0.1), (0.85, 0.2), False),  # the energy does not know
+        ((0.5, 0.1), (0.95, 0.12), False),  # hardly farther from the data
+        ((0.95, 0.1), (0.96, 0.2), False),  # it always knew
+        (None, (0.95, 0.2), False),
+        ((0.5, 0.1), None, False),  # not judged in this iteration
+    ],
+)
+def test_a_sampler_is_lost_where_both_held_out_measures_say_so(best, found, is_lost):
+    state = state_of()
+    names = ("held_out_auroc", "held_out_sw")
+    state.best = dict(zip(names, best, strict=True)) if best else {}
+    assert finetuning.lost(state, dict(zip(names, found, strict=True)) if found else {}) == is_lost
+
+
 def test_few_held_out_data_are_held_against_many_samples_of_their_classes():
     """Of 300 samples the distance is mostly noise, and chose states that were worse by half."""
     denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)

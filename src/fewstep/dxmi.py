@@ -143,6 +143,14 @@ class FinetuneState:
         self.back_variance = learned["back_variance"].to(self.back_variance).clone()
         self.pace = learned["pace"]
 
+    def restore_best(self) -> None:
+        """Go on from the averaged sampler and value in `best`, with optimisers that have forgotten how they left it."""
+        for name, each in (("sampler", self.averaged), ("value", self.averaged_value)):
+            for part in (self._parts[name], each.module):
+                part.load_state_dict(self.best[name])
+        for optimiser in (self.sampler_optimiser, self.value_optimiser):
+            optimiser.state.clear()
+
     def state_dict(self) -> dict[str, Any]:
         own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
         first = {"first_std": self.first_std, "first_spread": self.first_spread}

@@ -20,7 +20,8 @@ from fewstep.sampler import Sampler
 LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
 ROLL_BACKS = 5
 DIRECTIONS = 1000  # of the distance to held-out data
-LOST = 0.9  # AUROC of the energy, held-out data against samples, above which the user is told
+LOST = 0.9  # AUROC of the energy, held-out data against samples, from which on the sampler counts as lost
+FALLEN = 1.5  # times the best state's distance to held-out data, with that
 
 
 def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: float) -> str | None:
@@ -42,6 +43,13 @@ def complaint(state: FinetuneState, window: list[dict[str, float]], data_std: fl
     if mean["energy_gap"] < -0.95 / state.config.gamma:  # -1/gamma: the supports do not meet
         return "the energy tells every sample from the data"
     return None
+
+
+def lost(state: FinetuneState, found: Mapping[str, float]) -> bool:
+    """Whether both held-out measures say that the sampler has fallen off the best state: nothing need collapse for that."""
+    if state.best.get("held_out_auroc", 1.0) >= LOST or "held_out_auroc" not in found:
+        return False
+    return found["held_out_auroc"] >= LOST and found["held_out_sw"] > FALLEN * state.best["held_out_sw"]
 
 
 def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
@@ -86,7 +94,8 @@ def finetune(
 
     Every 50 iterations the last ones are looked at: where the sampler has collapsed or diverged, and at once where a number
     is not finite, what was learned goes back to the last good state and all rates are halved. held_out: data that
-    the averaged sampler is held against now and then; the best one is kept in state.best. Raises ValueError, naming what is
+    the averaged sampler is held against now and then; the best one is kept in state.best, and gone back to where the sampler
+    is `lost`. Raises ValueError, naming what is
     wrong, when going back has not helped 5 times.
     """
     goal = data if isinstance(data, Goal) else make_goal(data)
@@ -116,4 +125,9 @@ def finetune(
                 good = copy.deepcopy(state.learned())
             window = []
         metrics = {name: value for name, value in metrics.items() if abs(value) < float("inf")}
-        yield metrics | {"rolled_back": float(state.rolled_back)} | keep_best(state, held_out)
+        judged = keep_best(state, held_out)
+        if lost(state, judged) and state.rolled_back < ROLL_BACKS:
+            state.restore_best()
+            state.rate, state.rolled_back = state.rate / 2, state.rolled_back + 1
+            good, window = copy.deepcopy(state.learned()), []
+        yield metrics | {"rolled_back": float(state.rolled_back)} | judged
