@@ -682,6 +682,18 @@ def test_a_sampler_is_lost_where_both_held_out_measures_say_so(best, found, is_l
     assert finetuning.lost(state, dict(zip(names, found, strict=True)) if found else {}) == is_lost
 
 
+@pytest.mark.parametrize("part", ["averaged", "averaged_value"])
+def test_weights_that_are_no_numbers_are_not_judged_and_do_not_end_the_run(part: str):
+    """The last iteration is judged even where nothing has looked at it, and the best state is still to be saved."""
+    state = state_of(iterations=250, density_iterations=0)
+    state.step, data = 250, Goal(torch.randn(60, 2))
+    before = keep_best(state, data)
+    for p in getattr(state, part).module.parameters():
+        p.data.fill_(math.nan)
+    assert keep_best(state, data) == {}
+    assert state.best["held_out_sw"] == before["held_out_sw"]
+
+
 def test_few_held_out_data_are_held_against_many_samples_of_their_classes():
     """Of 300 samples the distance is mostly noise, and chose states that were worse by half."""
     denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)

@@ -62,12 +62,16 @@ def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
     rows = torch.arange(len(data)).repeat(math.ceil(FEW / len(data)))  # few data need as many samples, or noise chooses
     start, cond = sampler.start(len(rows), tuple(data.shape[1:]), g), condition(held_out, rows)
     x = sampler.sample(start, g, cond)
+    if not bool(torch.isfinite(x).all()):
+        return {}  # `complaint` says it; the best state stays
     distance = sliced_wasserstein(x, data, DIRECTIONS, g)
     value, told = cast(Value, state.averaged_value.module), []
     with torch.no_grad():
         for each in (data[rows], x):  # smoothed with the last step's noise, as the energy has seen all it knows
             smooth = sampler.last_std.to(x) * torch.randn(each.shape, generator=g).to(x)
             told.append(value.energy(each.to(x) + smooth, cond))
+    if not all(bool(torch.isfinite(each).all()) for each in told):
+        return {}
     found = {"held_out_sw": distance, "held_out_auroc": auroc(*told)}
     if distance < state.best.get("held_out_sw", float("inf")):
         weights = {"sampler": sampler.state_dict(), "value": value.state_dict()}
@@ -95,8 +99,7 @@ def finetune(
     Every 50 iterations the last ones are looked at: where the sampler has collapsed or diverged, and at once where a number
     is not finite, what was learned goes back to the last good state and all rates are halved. held_out: data that
     the averaged sampler is held against now and then; the best one is kept in state.best, and gone back to where the sampler
-    is `lost`. Raises ValueError, naming what is
-    wrong, when going back has not helped 5 times.
+    is `lost`. Raises ValueError, naming what is wrong, when going back has not helped 5 times.
     """
     goal = data if isinstance(data, Goal) else make_goal(data)
     if held_out is not None and len(held_out.data) < 2:

@@ -27,7 +27,9 @@ def show(folder: File) -> tuple[list[list[str]], File]:
     if run["command"] in ("train", "finetune") and metrics:
         names = ["loss"] if run["command"] == "train" else ["energy_gap", "value_loss", "sample_std", "held_out_sw"]
         report.loss_figure(folder / "metrics.png", metrics, names)
-        text = f"Means over 20 iterations; docs/metrics.md defines them. {doubt(metrics) or ''}"
+        text = "Means over 20 iterations; docs/metrics.md defines them."
+        if said := doubt(metrics):
+            text = f"{text} {said}"
         sections.append(report.section("Metrics", text, folder / "metrics.png"))
     pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png", "prefer": "preference.png"}
     if (name := pictures.get(run["command"])) and (folder / name).exists():
