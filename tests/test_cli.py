@@ -511,6 +511,11 @@ def bad_inputs(root, tmp):
         "a sampler on other levels": ((*sampler, "--schedule", "karras"), "own levels"),
         "data of another shape": (("schedule", "--model", model, "--data", tmp / "wide.npy", "--out", out), "shape"),
         "fewer data than a batch": ((*finetune, "--batch-size", 10**6), "too few"),
+        "fine-tuning into another's folder": (
+            ("finetune", "--model", "nothing", "--data", points, "--out", model),
+            "belongs to `fewstep train`",
+        ),
+        "a check that is to write": (("schedule", "--model", model, "--check", tmp / "k.json", "--out", out), "leave --out"),
         "nothing to evaluate": (("evaluate", "--data", points, "--out", out), "nothing to evaluate"),
         "a sampler's steps without one": ((*evaluate, "--sampler-steps", 3), "--sampler-steps is for a --sampler"),
         "an energy without a file": ((*finetune, "--energy", "autoencoder"), "give file.py:function"),

@@ -640,7 +640,8 @@ def test_a_run_whose_energy_tells_its_kept_samples_from_data_is_doubted():
 
 def test_a_sampler_that_falls_off_its_best_state_goes_back_to_it(monkeypatch: pytest.MonkeyPatch):
     """Nothing is infinite, collapsed or told apart beyond gamma; only the held-out measures see it."""
-    state, told = state_of(iterations=750, density_iterations=0), iter([0.5, 0.95, 0.5])
+    state = state_of(iterations=750, density_iterations=0, velocity_decay=0.9)
+    told = iter([0.5, 0.95, 0.5])
 
     def fall(state: FinetuneState, *rest) -> dict[str, float]:
         metrics = dxmi.iterate(state, *rest)
@@ -654,13 +655,16 @@ def test_a_sampler_that_falls_off_its_best_state_goes_back_to_it(monkeypatch: py
     for metrics in finetune(state, data, Goal(data)):
         if state.step == 500:
             assert metrics["held_out_sw"] > 1.5 * state.best["held_out_sw"]
-            assert (state.rolled_back, state.rate, state.best["step"]) == (1, 0.5, 250)
+            assert (state.fallen, state.rate, state.best["step"]) == (1, 0.5, 250)
+            assert state.pace <= dxmi.FIRST_PACE
+            assert torch.equal(state.back_variance, state.best["back_variance"])
             for name in ("sampler", "value"):
                 for part in (getattr(state, name), getattr(state, {"sampler": "averaged"}.get(name, "averaged_value")).module):
                     assert all(torch.equal(v, state.best[name][k]) for k, v in part.state_dict().items())
             assert not state.sampler_optimiser.state
             assert not state.value_optimiser.state
-    assert state.rolled_back == 1
+    assert metrics["rolled_back"] == 1
+    assert state.rolled_back == 0  # of the five that may end a run
     assert state.step == 750
 
 

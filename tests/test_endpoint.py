@@ -25,6 +25,7 @@ from fewstep.mixture import Mixture, ring
 from fewstep.path import VE, VP, Cosine, Linear, Path, Tabulated
 from fewstep.schedule import from_costs, log_linear
 from fewstep.solvers import SOLVERS, STOCHASTIC, evaluations_of, solve
+from fewstep.tailor import tailor
 
 STD = 0.5
 MEAN = torch.tensor([[0.7, -0.3, 0.1]], dtype=torch.float64)
@@ -463,6 +464,15 @@ def test_levels_that_are_no_range_of_the_model_are_refused_before_it_is_asked(gi
     with pytest.raises(ValueError, match=says):
         reference(model, noise(4, 2), **given)
     assert model.samples == 0
+
+
+def test_a_level_that_people_have_rounded_up_is_the_models_own():
+    path = Tabulated((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
+    assert level_range(ring(path=path), None, 14.62) == (path.sigma_min, path.sigma_max)
+    assert path.sigma_max < 14.62
+    learned = tailor(ring(path=path), "euler", [4], sigma_max=14.62, noises=64, budget=8000)
+    for n in (4, 7):
+        assert float(learned.times(path, n)[0]) == pytest.approx(1.0)
 
 
 def test_a_path_that_ends_in_pure_noise_may_be_learned_on_beyond_its_nominal_range():

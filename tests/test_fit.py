@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import cli, fit, models
 from fewstep.config import LearnConfig
-from fewstep.endpoint import Reference, deal
+from fewstep.endpoint import Midway, Reference, deal
 from fewstep.free import free_schedules
 from fewstep.mixture import ring
 from fewstep.run import load_tree, save_tree
@@ -512,8 +512,10 @@ def test_the_predictors_cost(solver, mine, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral"])
-def test_levels_for_image_to_image_begin_where_they_were_asked_to_and_are_checked_there(solver, mine, seen, tmp_path, capsys):
-    options = ("--solver", solver, "--start", 1.5, "--steps", 3)
+def test_levels_for_image_to_image_begin_where_they_were_asked_to_and_are_checked_there(
+    solver, mine, seen, tmp_path, capsys, monkeypatch
+):
+    options = ("--solver", solver, "--start", 1.5, "--steps", 3, "--sigma-max", 15)
     small = ("--noises", 64, "--budget", 8000, "--verdict-noises", 32)
     schedule(capsys, mine(), tmp_path / "o", *options, small=small)
     learned = Schedule.load(tmp_path / "o" / "schedule.json")
@@ -521,8 +523,11 @@ def test_levels_for_image_to_image_begin_where_they_were_asked_to_and_are_checke
     assert [float(torch.tan(learned.angles(n)[0])) for n in (3, 7)] == pytest.approx([1.5, 1.5])
     assert seen.samples == spent(about) + 1
     assert "against_default" not in about["verdict"]["steps"]["3"]  # the model's own levels begin elsewhere
+    starts = []
+    monkeypatch.setattr(fit, "Midway", lambda *given: starts.append(Midway(*given)) or starts[-1])
     out, _ = fewstep(capsys, "schedule", "--check", tmp_path / "o", "--model", mine(), *SMALL)
     assert "keep" in out
+    assert [each.noisiest for each in starts] == [15.0]
     from_noise = ("--schedule", tmp_path / "o", "--solver", solver, "--out", tmp_path / "s")
     _, err = fewstep(capsys, "sample", "--model", mine(), *from_noise, expect=2)
     assert "for image to image, from pictures with noise of 1.5" in err
@@ -620,6 +625,25 @@ def test_a_check_or_a_fit_that_lacks_something_says_what(mine, tmp_path, capsys)
         assert len(err.splitlines()) == 1
         assert words in err
         assert files(tmp_path) == before
+
+
+def test_a_check_of_a_model_that_needs_conditions_asks_for_them(mine, tmp_path, capsys):
+    schedule(capsys, mine(), tmp_path / "o")
+    text = """
+
+class Told(Denoiser):
+    def __init__(self):
+        super().__init__()
+        self.inner = exact()
+        self.path, self.shape = self.inner.path, self.inner.shape
+
+    def forward(self, x, t, cond=None):
+        return self.inner(x, t) + 0 * cond["y"][:, None]
+"""
+    (tmp_path / "mine.py").write_text("from fewstep.denoiser import Denoiser" + MODELS + text)
+    _, err = fewstep(capsys, "schedule", "--model", mine("Told"), "--check", tmp_path / "o", *SMALL, expect=2)
+    assert len(err.splitlines()) == 1
+    assert "--cond" in err
 
 
 def test_check_against_a_model_with_fewer_levels_is_one_line(mine, tmp_path, capsys):

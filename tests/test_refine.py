@@ -336,12 +336,36 @@ def test_levels_at_which_the_model_overflows_are_not_moved_to(solver):
     assert free < before
 
 
-def test_a_start_that_overflows_is_handed_back_as_it_was():
-    model, z = Breaking(ring(), 0.1, 10.0), noise(8)
-    start = bent_grid(log_linear(), 4, VE())
-    bent, error = descend(Runs(model, "euler", z), noise(8), start, bounds_of(model, 0.002), 2000)
-    assert not math.isfinite(error)
-    assert bool(torch.isfinite(bent).all())
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_a_level_that_the_model_overflows_beside_does_not_hold_the_others(path):
+    """The Jacobian moves each level a little to one side, and there, hardly wider than that, the model overflows."""
+    z, model = noise(24), ring(path=path)
+    ends, bounds = reference(model, z).ends, bounds_of(model, path.sigma_min)
+    start = bent_grid(log_linear(path.sigma_min, path.sigma_max), 5, path)
+    before = mean_square(Runs(model, "euler", z), unbend(start), ends)
+    seen: list[Tensor] = []
+
+    class Watched(Runs):
+        def __call__(self, theta, replay=None):
+            seen.append(theta)
+            return super().__call__(theta, replay)
+
+    descend(Watched(model, "euler", z), ends, start, bounds, 1500)
+    moved = next(theta[2] for theta in seen if bool((theta != seen[0])[2]) and int((theta != seen[0]).sum()) == 1)
+    level = float(torch.tan(moved))
+    breaking = Breaking(model, 0.999 * level, 1.001 * level)
+    bent, error = descend(Runs(breaking, "euler", z), ends, start, bounds, 20_000)
+    assert breaking.broke > 0
+    assert error < 0.8 * before
+    assert error == pytest.approx(mean_square(Runs(model, "euler", z), unbend(bent), ends), rel=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_a_start_that_overflows_is_handed_back_as_it_was(path):
+    model, z = Breaking(ring(path=path), 0.1, 10.0), noise(8)
+    start = bent_grid(log_linear(path.sigma_min, path.sigma_max), 4, path)
+    bent, error = descend(Runs(model, "euler", z), noise(8), start, bounds_of(model, path.sigma_min), 2000)
+    assert error == math.inf
     torch.testing.assert_close(bent, start, rtol=0, atol=1e-12)
 
 

@@ -15,7 +15,7 @@ from fewstep.free import free_schedules
 from fewstep.learn import learn_by_cost
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
-from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Tabulated
+from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Path, Tabulated
 from fewstep.schedule import Schedule, karras, kl_optimal, log_linear
 from fewstep.solvers import STOCHASTIC, evaluations_of, solve
 from fewstep.tailor import (
@@ -450,11 +450,25 @@ def test_an_unknown_solver_is_refused_before_the_model_is_asked():
     assert model.samples == 0
 
 
-def enough(noises: int) -> int:
+def enough(noises: int, path: Path | None = None) -> int:
     """The budget that a refusal asks for."""
     with pytest.raises(ValueError, match="too few to fit a curve") as error:
-        tailor(ring(), "euler", noises=noises, budget=4000)
+        tailor(ring(path=path), "euler", noises=noises, budget=noises * 60)
     return int(re.search(r"want about (\d+)", str(error.value))[1])
+
+
+@pytest.mark.parametrize("path", [VE(), Linear()], ids=["VE", "to pure noise"])
+@pytest.mark.parametrize("noises", [64, 128])
+def test_a_budget_is_refused_before_the_model_is_asked(noises, path):
+    refused, about = 0, enough(noises, path)
+    for budget in range(about - 300, about + 300, 50):
+        model = Undifferentiated(ring(path=path))
+        try:
+            tailor(model, "euler", noises=noises, budget=budget)
+        except ValueError:
+            refused += 1
+            assert model.samples == 0
+    assert 0 < refused < 12
 
 
 def test_the_budget_that_a_refusal_asks_for_will_do():

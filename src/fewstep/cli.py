@@ -102,8 +102,8 @@ def schedule(
 
     By default for a solver, by how far it ends from where it should: no data, no back-propagation. For image to image from
     the level --start on. Data are for the published costs, and taken from the model itself where none are given. The verdict
-    compares with every free schedule and with the model's own levels; where the learned one does not win, the file keeps the
-    best free one.
+    compares with every free schedule, with two learned curves and with the model's own levels; where the levels that were fitted
+    to the solver do not win, the file keeps the best free or learned one.
     """
     device = _on(machine)
     from fewstep import fit
@@ -112,6 +112,8 @@ def schedule(
 
     form = tuple(shape) if shape else None
     if check is not None:
+        if out is not None or source is not None:
+            raise ValueError("--check fits nothing and writes nothing: leave --out and --data out")
         verdict, lines = fit.check(check, model, config, condition, form, device, meter)
         print("\n".join(lines))
         sys.exit(3 if verdict["refit"] else 0)

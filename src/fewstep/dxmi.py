@@ -58,10 +58,11 @@ class FinetuneState:
     """All that the next iteration needs. `averaged.module` is the sampler to use, `averaged_value.module` its energy.
 
     step counts the density's iterations first, then the sampler's. rate: share of the learning rates that is left after
-    roll-backs; pace: share of the sampler's that the trust region leaves. best: weights of the averaged sampler and value with
-    the least `held_out_sw`, where data are held out. model: a copy of the pretrained denoiser where its score is followed,
-    else None; alpha, sigma and model_times (N+1,): the levels of the states before each step, and its time for them;
-    knows_last: whether it is any good at the last one (`model_denoises`).
+    roll-backs, of which rolled_back led to the last good state and fallen to the best one; pace: share of the sampler's rate
+    that the trust region leaves. best: what is `kept` of the state with the least `held_out_sw`, where data are held out, and
+    its measures. model: a copy of the pretrained denoiser where its score is followed, else None; alpha, sigma and model_times
+    (N+1,): the levels of the states before each step, and its time for them; knows_last: whether it is any good at the last one
+    (`model_denoises`).
     """
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig, model: Denoiser | None = None):
@@ -89,7 +90,8 @@ class FinetuneState:
         self.value_optimiser = torch.optim.Adam(value.critic_parameters(), lr=config.lr_value, betas=betas, fused=True)
         self.density_optimiser = torch.optim.Adam([{"params": value.density_parameters()}], lr=config.lr_density, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.step, self.rate, self.pace, self.rolled_back = 0, 1.0, FIRST_PACE, 0
+        self.step, self.rate, self.pace = 0, 1.0, FIRST_PACE
+        self.rolled_back = self.fallen = 0
         self.best: dict[str, Any] = {}
         self.first_std = sampler.std().detach()[:-1].clone()
         self.first_spread = 0.0  # of the first samples, in the data's standard deviations; a start may be far off
@@ -143,25 +145,32 @@ class FinetuneState:
         self.back_variance = learned["back_variance"].to(self.back_variance).clone()
         self.pace = learned["pace"]
 
+    def kept(self) -> dict[str, Any]:
+        """What `best` holds: the averaged sampler and value, and what goes with them."""
+        averages = {"sampler": self.averaged.module.state_dict(), "value": self.averaged_value.module.state_dict()}
+        return averages | {"back_variance": self.back_variance}
+
     def restore_best(self) -> None:
-        """Go on from the averaged sampler and value in `best`, with optimisers that have forgotten how they left it."""
+        """Go on from the averaged sampler and value in `best`, with optimisers that have forgotten how they left it, and so at
+        the first pace again."""
         for name, each in (("sampler", self.averaged), ("value", self.averaged_value)):
             for part in (self._parts[name], each.module):
                 part.load_state_dict(self.best[name])
+        self.back_variance = self.best.get("back_variance", self.back_variance).to(self.back_variance).clone()
         for optimiser in (self.sampler_optimiser, self.value_optimiser):
             optimiser.state.clear()
+        self.pace = min(self.pace, FIRST_PACE)
 
     def state_dict(self) -> dict[str, Any]:
         own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
-        first = {"first_std": self.first_std, "first_spread": self.first_spread}
-        return (
-            self.learned() | own | first | {"rolled_back": self.rolled_back, "best": self.best, "knows_last": self.knows_last}
-        )
+        own |= {"rolled_back": self.rolled_back, "fallen": self.fallen, "best": self.best, "knows_last": self.knows_last}
+        return self.learned() | own | {"first_std": self.first_std, "first_spread": self.first_spread}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restore(state)
         self.generator.set_state(state["generator"])
-        self.step, self.rate, self.rolled_back = state["step"], state["rate"], state["rolled_back"]
+        self.step, self.rate = state["step"], state["rate"]
+        self.rolled_back, self.fallen = state["rolled_back"], state.get("fallen", 0)
         self.best, self.first_std = state["best"], state["first_std"].to(self.first_std)
         self.first_spread, self.knows_last = state["first_spread"], state.get("knows_last", False)
 

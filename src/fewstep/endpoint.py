@@ -256,6 +256,8 @@ def level_range(denoiser: Denoiser, sigma_min: float | None, sigma_max: float | 
     high = path.sigma_max if sigma_max is None else sigma_max
     if not 0 < low < high < math.inf:
         raise ValueError(f"want 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
-    if high > 1.001 * path.sigma_max and not path.ends_in_pure_noise():
+    if path.ends_in_pure_noise():
+        return low, high
+    if high > 1.001 * path.sigma_max:
         raise ValueError(f"sigma_max {high:g} is beyond the model's noisiest level, {path.sigma_max:g}")
-    return low, high
+    return low, min(high, path.sigma_max)  # as people round it

@@ -52,9 +52,10 @@ def lost(state: FinetuneState, found: Mapping[str, float]) -> bool:
     return found["held_out_auroc"] >= LOST and found["held_out_sw"] > FALLEN * state.best["held_out_sw"]
 
 
-def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
+def keep_best(state: FinetuneState, held_out: Goal | None, processes: Processes = ALONE) -> dict[str, float]:
     """Now and then, hold the averaged sampler against held-out data, by a distance and by what the averaged energy makes of
-    both: {"held_out_sw": .., "held_out_auroc": ..}; keeps the best by the distance in state.best."""
+    both: {"held_out_sw": .., "held_out_auroc": ..}; keeps the best by the distance in state.best. Nothing, where a number is
+    not finite: `complaint` says it, and the best state stays."""
     done = state.step - state.config.density_iterations
     if held_out is None or done <= 0 or (done % JUDGE_EVERY and state.step < state.total):
         return {}
@@ -62,20 +63,18 @@ def keep_best(state: FinetuneState, held_out: Goal | None) -> dict[str, float]:
     rows = torch.arange(len(data)).repeat(math.ceil(FEW / len(data)))  # few data need as many samples, or noise chooses
     start, cond = sampler.start(len(rows), tuple(data.shape[1:]), g), condition(held_out, rows)
     x = sampler.sample(start, g, cond)
-    if not bool(torch.isfinite(x).all()):
-        return {}  # `complaint` says it; the best state stays
-    distance = sliced_wasserstein(x, data, DIRECTIONS, g)
+    distance = sliced_wasserstein(x, data, DIRECTIONS, g) if bool(torch.isfinite(x).all()) else math.nan
     value, told = cast(Value, state.averaged_value.module), []
     with torch.no_grad():
         for each in (data[rows], x):  # smoothed with the last step's noise, as the energy has seen all it knows
             smooth = sampler.last_std.to(x) * torch.randn(each.shape, generator=g).to(x)
             told.append(value.energy(each.to(x) + smooth, cond))
-    if not all(bool(torch.isfinite(each).all()) for each in told):
+    area = auroc(*told) if all(bool(torch.isfinite(each).all()) for each in told) else math.nan
+    found = processes.mean({"held_out_sw": distance, "held_out_auroc": area})  # all processes have to go the same way
+    if any(math.isnan(number) for number in found.values()):
         return {}
-    found = {"held_out_sw": distance, "held_out_auroc": auroc(*told)}
-    if distance < state.best.get("held_out_sw", float("inf")):
-        weights = {"sampler": sampler.state_dict(), "value": value.state_dict()}
-        state.best = copy.deepcopy({**found, "step": state.step, **weights})
+    if found["held_out_sw"] < state.best.get("held_out_sw", float("inf")):
+        state.best = copy.deepcopy(found | {"step": state.step} | state.kept())
     return found
 
 
@@ -128,9 +127,9 @@ def finetune(
                 good = copy.deepcopy(state.learned())
             window = []
         metrics = {name: value for name, value in metrics.items() if abs(value) < float("inf")}
-        judged = keep_best(state, held_out)
-        if lost(state, judged) and state.rolled_back < ROLL_BACKS:
+        judged = keep_best(state, held_out, processes)
+        if lost(state, judged) and state.fallen < ROLL_BACKS:
             state.restore_best()
-            state.rate, state.rolled_back = state.rate / 2, state.rolled_back + 1
+            state.rate, state.fallen = state.rate / 2, state.fallen + 1
             good, window = copy.deepcopy(state.learned()), []
-        yield metrics | {"rolled_back": float(state.rolled_back)} | judged
+        yield metrics | {"rolled_back": float(state.rolled_back + state.fallen)} | judged

@@ -105,12 +105,10 @@ def fit(
     meter: Meter = unmetered,
 ) -> tuple[File, Schedule]:
     """Learn the model's schedule into out/schedule.json, guarded and with its verdict; a killed run goes on with its stage."""
-    config = dataclasses.replace(config, steps=tuple(sorted(set(config.steps))))
     cost = config.cost or "endpoint"
+    config = dataclasses.replace(config, steps=tuple(sorted(set(config.steps))), cost=None if cost == "endpoint" else cost)
     if config.steps and cost != "endpoint":
         raise ValueError(f"only cost 'endpoint' refines single numbers of steps, not {cost!r}; leave --steps out")
-    if cost == "endpoint":
-        require_budget(config.solver, config.steps, config.budget, config.noises, config.start)
     if config.start is not None and cost != "endpoint":
         raise ValueError(f"only cost 'endpoint' learns levels for image to image, not {cost!r}; leave --start out")
     if cost == "predictor" and config.solver not in PREDICTOR_ORDERS:
@@ -132,6 +130,8 @@ def fit(
     sigma_max = config.sigma_max
     if config.start is not None:
         denoiser, sigma_max = Midway(denoiser, config.start, config.sigma_min, config.sigma_max), None
+    if cost == "endpoint":
+        require_budget(denoiser, config.solver, config.steps, config.budget, config.noises)
     low, high = level_range(denoiser, config.sigma_min, sigma_max)
     if not (File(out) / SCHEDULE).exists():
         require_answer(denoiser, form, cond, device)
@@ -261,10 +261,11 @@ def check(
         )
     denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
     if (start := schedule.provenance.get("start")) is not None:
-        denoiser = Midway(denoiser, start, schedule.made_for()[0])
+        denoiser = Midway(denoiser, start, schedule.made_for()[0], schedule.provenance.get("noisiest"))
     steps = [int(n) for n in before["steps"]]
     about: dict[str, Any] = {"cond": cond, "batch_size": config.batch_size}
     form = shape_of(denoiser, shape)
+    require_answer(denoiser, form, cond, device)
     grids = {
         n: {name: theta for name, theta in entered.items() if name in OURS or name in before["steps"][str(n)]["errors"]}
         for n, entered in entrants(schedule, steps, denoiser.default_levels).items()

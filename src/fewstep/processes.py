@@ -51,9 +51,12 @@ class Processes:
         return dict(zip(metrics, values, strict=True))
 
     def same(self, numbers: Tensor) -> Tensor:
-        """Float64 numbers on the CPU that every process has computed, alike but for rounding, made equal in all."""
-        found = self.mean({str(k): float(number) for k, number in enumerate(numbers)})
-        return torch.tensor(list(found.values()), dtype=torch.float64)
+        """Numbers on the CPU that every process has computed, alike but for rounding: the first one's, in all."""
+        if self.accelerator is None:
+            return numbers
+        from accelerate.utils import broadcast
+
+        return broadcast(numbers.to(self.accelerator.device)).to(numbers.device)
 
     def average_gradients(self, optimiser: torch.optim.Optimizer) -> None:
         """In place, over all parameters of the optimiser that have one."""

@@ -6,7 +6,7 @@ Jacobian's column is a run with one level moved, of which the steps before that 
 Jacobians Broyden's update learns from the runs that are made anyway.
 
 Levels are moved by the logarithms of their gaps in log tan(theta/2), so that they cannot cross. The first one's gap is that
-to infinite noise, 1/sigma: it moves by log sigma, and may lie on the upper end.
+to infinite noise, asinh(1/sigma): where sigma is large it moves by log sigma, and may lie on the upper end.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
     gaps = bounds.gaps(bent)
     bent = bounds.levels(gaps)
     r, log = residual(bent)
+    if not bool(torch.isfinite(r).all()):
+        return bent, math.inf
     if len(bent) == 1 and not bounds.free_start:
         return bent, float(r @ r) / len(r)
     one_run = runs.evaluations - spent
@@ -132,14 +134,23 @@ def descend(runs: Runs, ends: Tensor, bent: Tensor, bounds: Bounds, budget: int)
 
 
 def _jacobian(residual: Callable, r: Tensor, log: Log, bent: Tensor, gaps: Tensor, bounds: Bounds) -> Tensor:
-    """d residual/d log gaps of the levels that may move, each moved by a twentieth of a gap: (m * d, N or N - 1)."""
+    """d residual/d log gaps of the levels that may move, each moved by a twentieth of a gap: (m * d, N or N - 1).
+
+    To the wider side, and where the solver overflows there to the other one, by one run more; where it does so on both, the
+    level counts as one that changes nothing.
+    """
+
+    def column(i: int, side: float) -> Tensor:
+        move, moved = 0.05 * max(-1.0, min(side, 1.0)), bent.clone()
+        moved[i] += move
+        return (residual(moved, log)[0] - r) / move
+
     columns = []
     for i in range(bounds.first, len(bent)):
         below = float(gaps[i + 1]) if i + 1 < len(bent) else max(float(bent[-1]) - bounds.low, 10 * LEAST_GAP)
-        move = -0.05 * min(below, 1.0) if i == 0 or below > gaps[i] else 0.05 * min(float(gaps[i]), 1.0)
-        moved = bent.clone()
-        moved[i] += move
-        columns.append((residual(moved, log)[0] - r) / move)
+        sides = [-below] if i == 0 else sorted((float(gaps[i]), -below), key=abs, reverse=True)
+        tried = (column(i, side) for side in sides)
+        columns.append(next((c for c in tried if bool(torch.isfinite(c).all())), torch.zeros_like(r)))
     # a gap moves its own level and all below it
     return -torch.stack(columns, 1).flip(1).cumsum(1).flip(1) * gaps[bounds.first :]
 

@@ -91,20 +91,33 @@ def require_free(folder: str | File, command: str, config: dict[str, Any], defau
     """
     folder = File(folder)
     config, defaults = json.loads(json.dumps([config, dict(defaults)]))
+    found = require_place(folder, command)
+    if found is None:
+        return folder
+    for key in sorted({*found, *config}):
+        was, now = found.get(key, defaults.get(key)), config.get(key)
+        if was != now:
+            raise ValueError(
+                f"{folder} belongs to another configuration: {key} was {was!r}, now {now!r}; give another --out, or "
+                "the options that it was made with"
+            )
+    return folder
+
+
+def require_place(folder: File, command: str) -> dict[str, Any] | None:
+    """The configuration of this command's folder, None of nobody's yet. Changes nothing.
+
+    Raises ValueError where it is another command's, or no run folder; for commands that have work to do before they know all of
+    their configuration.
+    """
     if (folder / "config.json").exists():
         found = read_config(folder)
         if found["command"] != command:
             raise ValueError(f"{folder} belongs to `fewstep {found['command']}`, not `fewstep {command}`; give another --out")
-        for key in sorted({*found["config"], *config}):
-            was, now = found["config"].get(key, defaults.get(key)), config.get(key)
-            if was != now:
-                raise ValueError(
-                    f"{folder} belongs to another configuration: {key} was {was!r}, now {now!r}; give another --out, or "
-                    "the options that it was made with"
-                )
-    elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir())):
+        return found["config"]
+    if folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a run folder of fewstep; give another --out")
-    return folder
+    return None
 
 
 def read_config(folder: str | File) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser, shape_of
 from fewstep.endpoint import (
-    MIDWAY_STEPS,
     Midway,
     Reference,
     Runs,
@@ -38,6 +37,7 @@ from fewstep.endpoint import (
     mean_square,
     reference,
     require_solver,
+    steps_of_reference,
 )
 from fewstep.free import free_schedules
 from fewstep.refine import BUDGET, bounds_of, descend, noises_for, refine
@@ -116,9 +116,9 @@ def shares(solver: str, noises: int, budget: int, spent: int) -> tuple[int, int]
     return judged, moved
 
 
-def require_budget(solver: str, steps: Sequence[int], budget: int, noises: int, start: float | None = None) -> None:
+def require_budget(denoiser: Denoiser, solver: str, steps: Sequence[int], budget: int, noises: int) -> None:
     """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
-    shares(solver, noises, budget, noises * (LEVELS + (MIDWAY_STEPS if start is not None else 0)) + DRAWS * LEVELS)
+    shares(solver, noises, budget, noises * steps_of_reference(denoiser, LEVELS) + DRAWS * LEVELS)
     starts = len(free_schedules(0.1, 1.0)) + 3
     for n in steps:
         noises_for(solver, n, starts + (n > 1), budget)  # and DMN's
@@ -177,6 +177,7 @@ def fit_curve(
         "order": 2 * (local_error_order(solver) + 1),
         "learned_on": repr(denoiser.path),
         "start": denoiser.path.sigma_max if isinstance(denoiser, Midway) else None,
+        "noisiest": denoiser.noisiest if isinstance(denoiser, Midway) else None,
         "sigma_min": sigma_min,
         "sigma_max": sigma_max,
         "noises": len(known.noise),
@@ -243,10 +244,10 @@ def tailor(
     start: the level at which image to image begins (`Midway`), whose levels go from there to data.
     """
     require_solver(solver)
-    require_budget(solver, steps, budget, noises, start)
     noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
     if start is not None:
         denoiser, sigma_max = Midway(denoiser, start, sigma_min, sigma_max), None
+    require_budget(denoiser, solver, steps, budget, noises)
     low, high = level_range(denoiser, sigma_min, sigma_max)
     about: dict[str, Any] = {"cond": cond, "batch_size": batch_size, "tick": tick}
     known = reference(denoiser, noise, levels=LEVELS, sigma_min=low, sigma_max=high, **about)

@@ -33,7 +33,7 @@ from fewstep.finetuning import finetune as finetune_loop
 from fewstep.goal import Goal, make_goal
 from fewstep.processes import ALONE, Processes
 from fewstep.refine import BUDGET
-from fewstep.run import fingerprint, open_run, record, require_tensorboard, resume
+from fewstep.run import fingerprint, open_run, record, require_place, require_tensorboard, resume
 from fewstep.schedule import Schedule
 from fewstep.tailor import NOISES, tailor
 
@@ -65,6 +65,7 @@ def finetune(
     """
     if tensorboard:
         require_tensorboard()
+    require_place(out, "finetune")
     denoiser, data = models.load_denoiser(model, device), load(source)
     require_shape(denoiser, data.shape)
     if len(data.train) < config.batch_size:
@@ -107,6 +108,8 @@ def finetune(
         loop = record(out, state, loop, tensorboard=tensorboard)
     for _ in track(loop, state.total - state.step, f"fine-tuning {steps} steps"):
         pass
+    if not state.best:
+        raise ValueError("no state's samples and energies were finite; lower --lr and --lr-value, and give another --out")
     if processes.index == 0:
         models.save_weights(state.best["sampler"], out / models.SAMPLER)
         models.save_weights(state.best["value"], out / models.VALUE)

@@ -21,7 +21,7 @@ from fewstep.endpoint import Midway, Reference, Runs, deal, ignore, squared_erro
 from fewstep.free import free_schedules
 from fewstep.metrics import energy_distance_shares
 from fewstep.schedule import Schedule
-from fewstep.solvers import STOCHASTIC, solve
+from fewstep.solvers import STOCHASTIC, evaluations_of, solve
 from fewstep.tailor import LEARNED_CURVES, learned_curves
 
 Squares = dict[int, dict[str, Tensor]]  # by number of steps and name
@@ -175,13 +175,14 @@ def _energy_distances(
         start = denoiser.path.start_from(known.noise if isinstance(denoiser, Midway) else fresh, times[0])
         ends = []
         for rows in torch.arange(len(start)).split(batch_size):
+            asked = evaluations_of(solver, len(theta)) * len(rows) * denoiser.evaluations
+            spent += asked
+            tick(asked)
             try:
                 with torch.no_grad():
                     done = solve(denoiser, start[rows.to(start.device)], times, solver, cond=deal(cond, rows), generator=g)
             except ValueError:  # it overflows on these levels
                 return torch.full((len(start),), math.inf, dtype=torch.float64)
-            spent += done.evaluations * len(rows)
-            tick(done.evaluations * len(rows))
             ends.append(done.x)
         return energy_distance_shares(torch.cat(ends), known.ends)
 
