@@ -513,7 +513,8 @@ WAN = ["diffusers", "WanTransformer3DModel"]
         (None, "not a diffusers folder: it has no model_index.json"),
         ({"scheduler": DDPM, "prior": UNET}, "neither a unet nor a transformer, only scheduler, prior"),
         ({"scheduler": DDPM, "unet": [None, None]}, "neither a unet nor a transformer"),
-        ({"unet": UNET}, "has no scheduler"),
+        ({"unet": UNET}, "has no scheduler, only unet"),
+        ({}, "has no scheduler, only nothing"),
         ({"scheduler": DDPM, "unet": ["my_models", "MyUNet"]}, r"my_models.MyUNet as unet, not of diffusers"),
         ({"scheduler": DDPM, "transformer": WAN, "transformer_2": WAN}, "second network, transformer_2"),
     ],
@@ -524,6 +525,22 @@ def test_folders_that_cannot_be_read(tmp_path, entries, message):
     with pytest.raises(ValueError, match=message) as caught:
         from_diffusers(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_quite_a_pipeline_says_what_it_is(tmp_path):
+    network, damaged, weights = tmp_path / "network", tmp_path / "damaged", tmp_path / "sd.pt"
+    unet().save_pretrained(network)
+    damaged.mkdir()
+    (damaged / "model_index.json").write_text('{"unet": [')
+    weights.write_bytes(b"")
+    for source, message in (
+        (network, "a network without its scheduler"),
+        (damaged, "model_index.json is damaged"),
+        (weights, "give file.py:function"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            from_diffusers(source)
+        assert "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_read(tmp_path):

@@ -404,7 +404,28 @@ def test_show_makes_a_page_for_every_kind_of_folder(trained, capsys):
         fewstep("show", trained / name)
         page = (trained / name / "report.html").read_text()
         assert "data:image/png;base64," in page
-        assert "report.html" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "report.html" in said
+        if name == "schedule":
+            first = float(Schedule.load(trained / "schedule" / "schedule.json").sigmas(2)[0])
+            assert f"{first:.4g}, " in said
+            assert "2 steps of euler: endpoint error" in " ".join(said.split())
+
+
+def test_a_schedule_is_run_with_the_solver_that_it_was_learned_for(trained, tmp_path):
+    learned = Schedule.load(trained / "schedule" / "schedule.json")
+    dataclasses.replace(learned, provenance=learned.provenance | {"solver": "heun"}).save(tmp_path / "s.json")
+    sample = ("sample", "--model", trained / "model", "--schedule", tmp_path / "s.json", "--steps", 2, "--count", 4)
+    for out, more, solver in (("a", (), "heun"), ("b", ("--solver", "unipc"), "unipc")):
+        fewstep(*sample, *more, "--out", tmp_path / out)
+        assert json.loads((tmp_path / out / "config.json").read_text())["config"]["solver"] == solver
+    fewstep("sample", "--model", trained / "model", "--steps", 2, "--count", 4, "--out", tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["config"]["solver"] == "euler"
+    evaluate = ("evaluate", "--model", trained / "model", "--data", trained / "points.npy", "--steps", 2, "--count", 50)
+    evaluate += ("--seeds", 1, "--schedule", "karras", "--schedule", tmp_path / "s.json")
+    fewstep(*evaluate, "--out", tmp_path / "e")
+    rows = [json.loads(line) for line in (tmp_path / "e" / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["karras, heun", "learned, heun"]
 
 
 def test_a_model_by_file_and_function(trained, tmp_path):
@@ -491,6 +512,8 @@ def bad_inputs(root, tmp):
         ),
         "a folder of another command": (("sample", "--model", model, "--out", model), "belongs to `fewstep train`"),
         "a folder that is no run": (("train", "--data", points, "--out", tmp), "not a run folder"),
+        "a sample of another shape": ((*sample, "--shape", 3), "(3,)"),
+        "export of a named schedule": (("export", "--schedule", "karras", "--to", "json"), "no schedule file 'karras'"),
         "no such model": (("sample", "--model", "nothing", "--out", out), "no model 'nothing'"),
         "a model folder that is none": (("sample", "--model", tmp / "other", "--out", out), "diffusers"),
         "a function that returns no model": (("sample", "--model", f"{tmp}/mine.py:five", "--out", out), "not a fewstep"),

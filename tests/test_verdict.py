@@ -256,7 +256,8 @@ def test_a_grid_that_loses_is_replaced_exactly_by_the_best_free_one_and_the_verd
         assert torch.equal(kept.angles(n), free[best].angles(n))
         assert line.startswith(f"{n} steps of euler: endpoint error ")
         assert f"best free schedule's ({best})" in line
-        assert line.endswith(f"; it does not win, so the file keeps {best}")
+        error = verdict["steps"][str(n)]["errors"][best]
+        assert line.endswith(f"; it does not win, so the file keeps {best}, {error:.4g}")
     # the other numbers of steps and what went in stay as they were
     assert torch.equal(kept.angles(5), schedule.angles(5))
     assert set(schedule.grids) == {4}
@@ -284,7 +285,7 @@ def test_a_learned_curve_that_does_best_of_all_is_kept_in_the_schedules_place():
     assert row["best_free"] in free_schedules(**LIMITS, steps=[6])
     assert kept.provenance["verdict"]["kept"] == {"6": best} == {"6": row["best_rival"]}
     assert torch.equal(kept.angles(6), curves[best].angles(6))
-    assert sentences(kept.provenance["verdict"])[0].endswith(f"so the file keeps the curve of {best}")
+    assert sentences(kept.provenance["verdict"])[0].endswith(f"the file keeps the curve of {best}, {row['errors'][best]:.4g}")
 
 
 def winning(known: Reference) -> Tensor:

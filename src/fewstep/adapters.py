@@ -231,7 +231,10 @@ def _load(source: str) -> tuple[nn.Module, Any]:
     """The network and the scheduler of a saved pipeline, from a folder or from the hub."""
     import diffusers
 
-    entries = json.loads(_index(source).read_text())
+    try:
+        entries = dict(json.loads(_index(source).read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{source}: its model_index.json is damaged ({error})") from error
     parts = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]}
 
     def load(part: str) -> Any:
@@ -243,7 +246,8 @@ def _load(source: str) -> tuple[nn.Module, Any]:
         return getattr(diffusers, kind).from_pretrained(source, subfolder=part)
 
     if "scheduler" not in parts:
-        raise ValueError(f"{source} has no scheduler, only {', '.join(parts)}; give (network, scheduler)")
+        found = ", ".join(parts) or "nothing"
+        raise ValueError(f"{source} has no scheduler, only {found}; give (network, scheduler)")
     return load(_network_name(parts, source)), load("scheduler")
 
 
@@ -252,6 +256,15 @@ def _index(source: str) -> File:
     file = File(source) / "model_index.json"
     if file.is_file():
         return file
+    if File(source).is_file():
+        raise ValueError(
+            f"{source} is a file, which does not say what the model is: give file.py:function, which returns a fewstep Denoiser"
+        )
+    if (File(source) / "config.json").exists():
+        raise ValueError(
+            f"{source} is a network without its scheduler: save the whole pipeline, or give file.py:function, which returns "
+            "from_diffusers((network, scheduler))"
+        )
     if File(source).exists():
         raise ValueError(f"{source} is not a diffusers folder: it has no model_index.json; pipeline.save_pretrained makes one")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):

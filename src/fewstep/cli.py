@@ -43,6 +43,7 @@ ScheduleName = Annotated[
 
 app = App(
     name="fewstep",
+    default_parameter=Parameter(negative_iterable=()),
     help="Few-step sampling for any diffusion or flow model: learn where the steps go, and learn what each step does.",
     help_epilogue="Start with `fewstep demo`. Repeat a killed command to finish it.",
 )
@@ -81,7 +82,7 @@ def train(
 
     folder = commands.train(source, out, config, device, track, tensorboard)
     show_folder(folder)
-    print(f"The model is in {folder}; next: fewstep schedule --model {folder} --data {source.data} --out SCHEDULE")
+    print(f"The model is in {folder}; next: fewstep schedule --model {folder} --solver dpmpp_2m --steps 6 --out SCHEDULE")
 
 
 @app.command(sort_key=2)
@@ -102,8 +103,8 @@ def schedule(
 
     By default for a solver, by how far it ends from where it should: no data, no back-propagation. For image to image from
     the level --start on. Data are for the published costs, and taken from the model itself where none are given. The verdict
-    compares with every free schedule, with two learned curves and with the model's own levels; where the levels that were fitted
-    to the solver do not win, the file keeps the best free or learned one.
+    compares with every free schedule, with two learned curves and with the model's own levels; where the levels that were
+    fitted to the solver do not win, the file keeps the best free or learned one.
     """
     device = _on(machine)
     from fewstep import fit
@@ -203,9 +204,11 @@ def sample(
     model: Annotated[str, Parameter(help="As for `schedule`, or a folder of `fewstep finetune`.")],
     out: Out,
     steps: Annotated[Count | None, Parameter(help="Steps of the solver, or of the fine-tuned sampler, if not its own.")] = None,
-    count: Count = 64,
+    count: Annotated[Count, Parameter(help="Samples to draw.")] = 64,
     schedule: ScheduleName | None = None,
-    solver: Solver | None = None,
+    solver: Annotated[
+        Solver | None, Parameter(help="What the schedule file was learned for if not given; of named schedules, euler.")
+    ] = None,
     shape: Annotated[list[int] | None, Parameter(help="One sample's shape, where the model does not say it.")] = None,
     label: Annotated[
         list[int] | None, Parameter(help="A class, for a model of `train --labels` or a DiT; several take turns.")
@@ -213,7 +216,7 @@ def sample(
     guidance: Annotated[
         Positive | None, Parameter(help="Scale of classifier-free guidance towards the label; doubles the evaluations.")
     ] = None,
-    seed: int = 0,
+    seed: Annotated[int, Parameter(help="Of the noise: the same one gives the same samples.")] = 0,
     machine: Annotated[Machine, Flat] = Machine(),
 ) -> None:
     """Draw samples into samples.npz and samples.png: by default 10 steps of euler on karras, or a fine-tuned sampler's own."""
@@ -233,7 +236,10 @@ def evaluate(
     sampler: Annotated[list[str] | None, Parameter(help="A folder of `fewstep finetune`; may be repeated.")] = None,
     steps: Annotated[list[Count], Parameter(help="Steps of the solver; may be repeated.")] = [4, 6, 8, 10, 20],  # noqa: B006
     schedule: Annotated[list[str], Parameter(help="As for `sample`; may be repeated.")] = ["karras", "log_linear"],  # noqa: B006
-    solver: Annotated[list[Solver], Parameter(help="May be repeated.")] = ["euler"],  # noqa: B006
+    solver: Annotated[
+        list[Solver] | None,
+        Parameter(help="May be repeated; what the schedule files were learned for if not given, else euler."),
+    ] = None,
     count: Annotated[Count, Parameter(help="Samples per cell.")] = 2000,
     seeds: Annotated[Count, Parameter(help="Repetitions of every cell.")] = 3,
     features: Annotated[str | None, Parameter(help="file.py:function from samples to features (n, f); pixels if none.")] = None,
@@ -262,7 +268,7 @@ def evaluate(
         out,
         steps,
         schedule,
-        solver,
+        solver or [],
         sampler or [],
         count,
         seeds,
@@ -449,12 +455,23 @@ def main(arguments: list[str] | None = None) -> None:
             result_action="return_value",
         )
     except CycloptsError as error:
-        _fail(str(error).partition("[type=")[0])  # what follows is pydantic talking to programmers
+        _fail(_in_words(error))
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         print("fewstep: stopped; repeat the command to continue", file=sys.stderr)
         sys.exit(130)
+
+
+def _in_words(error: CycloptsError) -> str:
+    """What is wrong with the options; of pydantic, which talks to programmers, only its message."""
+    from pydantic import ValidationError
+
+    if not isinstance(error.__cause__, ValidationError):
+        return str(error)
+    first = error.__cause__.errors()[0]
+    option = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else str(error).split(" for ")[1].split(". ")[0]
+    return f"{option} {first['input']}: {first['msg'].removeprefix('Input ')}"
 
 
 def _fail(message: str) -> None:

@@ -32,7 +32,7 @@ from fewstep.run import (
 )
 from fewstep.sampler import Sampler, in_steps
 from fewstep.schedule import NAMED, Schedule
-from fewstep.solvers import solve
+from fewstep.solvers import SOLVERS, solve
 from fewstep.training import TrainState
 from fewstep.training import train as train_loop
 
@@ -113,6 +113,9 @@ def find_schedule(name: str, denoiser: Denoiser) -> Schedule:
     """A named schedule over the model's range of levels, a schedule file, or a folder of `fewstep schedule`, from noise on."""
     if name.replace("-", "_") in NAMED:
         return NAMED[name.replace("-", "_")](denoiser.path.sigma_min, denoiser.path.sigma_max)
+    if not File(name).exists():
+        names = ", ".join(NAMED)
+        raise ValueError(f"no schedule {name!r}: give one of {names}, a schedule file, or a folder of `fewstep schedule`")
     found = read_schedule(name)
     if (start := found.provenance.get("start")) is not None:
         raise ValueError(f"{name} is for image to image, from pictures with noise of {start:g}; here samples start from noise")
@@ -123,8 +126,27 @@ def read_schedule(name: str) -> Schedule:
     """A schedule file, or the one in a folder."""
     file = File(name) / SCHEDULE if File(name).is_dir() else File(name)
     if not file.is_file():
-        raise ValueError(f"no schedule {name!r}: give a file, a folder with {SCHEDULE}, or one of {', '.join(NAMED)}")
+        raise ValueError(f"no schedule file {name!r}: give one, or a folder of `fewstep schedule` (with its {SCHEDULE})")
     return Schedule.load(file)
+
+
+def solvers_of(schedules: Iterable[Schedule]) -> list[str]:
+    """What these schedules were learned and judged for, or euler where none says it."""
+    named = [each.provenance.get("solver") for each in schedules]
+    return list(dict.fromkeys(name for name in named if name in SOLVERS)) or ["euler"]
+
+
+def require_answer(denoiser: Denoiser, form: tuple[int, ...], cond: Mapping[str, Tensor] | None, device: str) -> None:
+    """Ask the model once, so that a wrong shape or condition is found before anything is written."""
+    try:
+        with torch.no_grad():
+            denoiser(torch.zeros(1, *form, device=device), 0.5, deal(cond, torch.arange(1)))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        fault = f"{error}".strip().splitlines()
+        raise ValueError(
+            f"the model does not take a sample of shape {form} with the conditions {sorted(cond or {})}: "
+            f"{fault[0] if fault else type(error).__name__}; see --shape and --cond"
+        ) from error
 
 
 def require_shape(denoiser: Denoiser, shape: tuple[int, ...]) -> None:
@@ -204,7 +226,8 @@ def sample(
     labels: Sequence[int] = (),
     guidance: float | None = None,
 ) -> File:
-    """Samples into out/samples.npz (under x) and out/samples.png: 10 steps of euler on karras unless told otherwise.
+    """Samples into out/samples.npz (under x) and out/samples.png: 10 steps on karras unless told otherwise, of the solver that
+    the schedule was learned for (`solvers_of`).
 
     labels: of a class-conditional model, dealt out in turn (and kept under y); without any, it samples from no class in
     particular. guidance: scale of classifier-free guidance towards them. A fine-tuned sampler has its own levels, in its own
@@ -223,8 +246,9 @@ def sample(
             chosen = in_steps(chosen, steps)
         times, form, solver = chosen.times.cpu(), shape_of(chosen.denoiser, shape), ""
     else:
-        chosen, solver = models.load_denoiser(model, device), solver or "euler"
-        times = find_schedule(schedule_name or "karras", chosen).times(chosen.path, steps or 10)
+        chosen = models.load_denoiser(model, device)
+        found = find_schedule(schedule_name or "karras", chosen)
+        times, solver = found.times(chosen.path, steps or 10), solver or solvers_of([found])[0]
         form = shape_of(chosen, shape)
     denoiser = chosen.denoiser if isinstance(chosen, Sampler) else chosen
     settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "solver": solver}
@@ -235,6 +259,7 @@ def sample(
     folder = require_free(out, "sample", settings)
     if (folder / SAMPLES).exists():
         return folder
+    require_answer(denoiser, form, cond, device)
     x, evaluations = generate(chosen, times, count, form, solver, seed, device, track=track, cond=cond)
     open_run(folder, "sample", settings)
     title = f"{count} samples, {evaluations} evaluations each"

@@ -24,6 +24,7 @@ from fewstep.commands import (
     model_settings,
     require_shape,
     silent,
+    solvers_of,
 )
 from fewstep.config import Source
 from fewstep.data import Data
@@ -74,10 +75,10 @@ def evaluate(
 ) -> tuple[File, list[dict[str, Any]], dict[str, float]]:
     """Quality of every schedule x solver x steps of a model, and of fine-tuned samplers, cell by cell into evaluation.jsonl.
 
-    sampler_steps: of the samplers, if not their own. Class-conditional ones are told labels in the shares that the data have
-    them, or without `labels` no class; guidance: scale of the model's classifier-free guidance towards them. Returns the
-    folder, the rows, and the floor: the same measures between held-out and training data. A repeated command goes on with
-    the cells that are missing.
+    solvers: where there are none, those that the schedules were learned for (`solvers_of`). sampler_steps: of the samplers,
+    if not their own. Class-conditional ones are told labels in the shares that the data have them, or without `labels` no
+    class; guidance: scale of the model's classifier-free guidance towards them. Returns the folder, the rows, and the floor:
+    the same measures between held-out and training data. A repeated command goes on with the cells that are missing.
     """
     if model is None and guidance is not None:
         raise ValueError("--guidance is for a --model: fine-tuned samplers know none")
@@ -89,7 +90,7 @@ def evaluate(
     if not labels:
         data = dataclasses.replace(data, train_labels=None)
     extract = models.load_function(features) if features else None
-    settings: dict[str, Any] = {"solvers": list(solvers), "steps": list(steps), "count": count, "seeds": seeds}
+    settings: dict[str, Any] = {"steps": list(steps), "count": count, "seeds": seeds}
     settings |= {"features": features, "guidance": guidance, "sampler_steps": list(sampler_steps) or None}
     settings |= data_settings(source, data)
     cells: list[tuple[str, Denoiser | Sampler, Tensor, str, Told]] = []
@@ -106,8 +107,9 @@ def evaluate(
             if told is None:
                 raise ValueError(f"{source.data} has no labels to guide towards, so leave --guidance out")
             denoiser = guided(denoiser, guidance)
-        for label, name in labels_of(schedules, "learned").items():
-            found = find_schedule(name, denoiser)
+        chosen_schedules = {label: find_schedule(name, denoiser) for label, name in labels_of(schedules, "learned").items()}
+        solvers = list(solvers) or solvers_of(chosen_schedules.values())
+        for label, found in chosen_schedules.items():
             grids = [found.times(denoiser.path, n) for n in dict.fromkeys(steps)]
             settings[f"schedule: {label}"] = fingerprint(grids)
             cells += [(f"{label}, {s}", denoiser, times, s, told) for s in solvers for times in grids]
@@ -118,6 +120,7 @@ def evaluate(
         for n in dict.fromkeys(sampler_steps or [tuned.steps]):
             other = tuned if n == tuned.steps else in_steps(tuned, n)
             cells.append((label, other, other.times.cpu(), "", told))
+    settings["solvers"] = list(solvers)
     if data.train_labels is not None and any(told for *_, told in cells):
         settings["labels_fingerprint"] = fingerprint([data.train_labels])
     folder = open_run(out, "evaluate", settings)
@@ -166,7 +169,7 @@ def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
 
     def pooled(group: list[dict[str, Any]], key: str) -> str:
         values = [row[key] for row in group]
-        return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+        return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
     columns = {"fd": "Fréchet distance", "sw": "sliced Wasserstein", "energy_distance": "energy distance"}
     columns |= {k: k for k in ("precision", "recall") if all(k in row for row in rows)}

@@ -31,6 +31,7 @@ from fewstep.commands import (
     load,
     model_settings,
     read_schedule,
+    require_answer,
     require_shape,
     silent,
     unmetered,
@@ -38,7 +39,7 @@ from fewstep.commands import (
 from fewstep.config import Condition, LearnConfig, Source
 from fewstep.cost import PREDICTOR_ORDERS
 from fewstep.denoiser import Denoiser, Guided, shape_of
-from fewstep.endpoint import Midway, Reference, deal, level_range, reference, steps_of_reference
+from fewstep.endpoint import Midway, Reference, level_range, reference, steps_of_reference
 from fewstep.learn import learn_schedule
 from fewstep.noises import POINTS, evaluations_on_arcs, reference_on_arcs
 from fewstep.run import fingerprint, load_tree, open_run, save_tree
@@ -78,19 +79,6 @@ def load_condition(condition: Condition, denoiser: Denoiser) -> tuple[Denoiser, 
         want = ", ".join(mark + k for k in cond)
         raise ValueError(f"guidance needs {want} in {condition.cond}, got {', '.join(mark + k for k in none) or 'none'}")
     return Guided(denoiser, condition.guidance, none), cond
-
-
-def require_answer(denoiser: Denoiser, form: tuple[int, ...], cond: Mapping[str, Tensor] | None, device: str) -> None:
-    """Ask the model once, so that a wrong shape or condition is found before anything is written."""
-    try:
-        with torch.no_grad():
-            denoiser(torch.zeros(1, *form, device=device), 0.5, deal(cond, torch.arange(1)))
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        fault = f"{error}".strip().splitlines()
-        raise ValueError(
-            f"the model does not take a sample of shape {form} with the conditions {sorted(cond or {})}: "
-            f"{fault[0] if fault else type(error).__name__}; see --shape and --cond"
-        ) from error
 
 
 def fit(
@@ -259,6 +247,8 @@ def check(
         raise ValueError(
             f"{file} was judged by the {before['measure']}, by an older fewstep; make it again with `fewstep schedule`"
         )
+    if config.steps or config.solver not in (LearnConfig().solver, before["solver"]):
+        raise ValueError(f"--check judges what the file was judged for, {before['solver']}; leave --solver and --steps out")
     denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
     if (start := schedule.provenance.get("start")) is not None:
         denoiser = Midway(denoiser, start, schedule.made_for()[0], schedule.provenance.get("noisiest"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path as File
 
+import torch
+
 from fewstep import report
 from fewstep.commands import SCHEDULE
 from fewstep.evaluation import ROWS, table_of
@@ -14,6 +16,12 @@ from fewstep.prefer import read_known
 from fewstep.run import read_config, read_lines
 from fewstep.schedule import Schedule
 from fewstep.verdict import sentences
+
+
+def levels(schedule: Schedule, steps: int) -> str:
+    """A grid as sigma/alpha, for people; from pure noise on, where that is infinite."""
+    ratios = torch.tan(schedule.angles(steps)).tolist()
+    return ", ".join("inf" if ratio > 1e9 else f"{ratio:.4g}" for ratio in ratios)
 
 
 def show(folder: File) -> tuple[list[list[str]], File]:
@@ -37,7 +45,10 @@ def show(folder: File) -> tuple[list[list[str]], File]:
     if (folder / PREFERENCE).exists():
         table += [[k, f"{v:.5g}" if isinstance(v, float) else f"{v}"] for k, v in read_known(folder).items()]
     if (folder / SCHEDULE).exists():
-        about = Schedule.load(folder / SCHEDULE).provenance
+        schedule = Schedule.load(folder / SCHEDULE)
+        about = schedule.provenance
+        table += [[f"levels of {n} steps", levels(schedule, n)] for n in sorted(schedule.grids)]
+        table += [["verdict", line] for line in sentences(about["verdict"])] if "verdict" in about else []
         if (folder / "verdict.png").exists():
             sections.append(report.section("Verdict", " ".join(sentences(about["verdict"])), folder / "verdict.png"))
         sections.append(report.section("Provenance", "", None, [["what", "value"], *([k, f"{v}"] for k, v in about.items())]))

@@ -176,7 +176,9 @@ def train(state: TrainState, data: Tensor, labels: Tensor | None = None) -> Iter
             cond = {"class_labels": dropped(labels[rows], cast(int, model.classes), config.label_dropout, g)}
         loss = velocity_loss(model.net, model.path, x0, ratio, eps, cond).mean()
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"the loss is not finite at iteration {state.step}: lower --lr, or check the data's scale")
+            raise ValueError(
+                f"the loss is not finite at iteration {state.step}: lower --lr, or the data's scale, and give another --out"
+            )
         state.optimiser.zero_grad()
         loss.backward()
         state.optimiser.step()

@@ -226,7 +226,8 @@ def sentences(verdict: dict[str, Any]) -> list[str]:
         said = f", {interval(row['against_default'])} of the model's default's" if "against_default" in row else ""
         kept = verdict.get("kept", {}).get(n, "learned")
         curve = "the curve of " if kept in LEARNED_CURVES else ""
-        end = "" if kept == "learned" else f"; it does not win, so the file keeps {curve}{kept}"
+        instead = f"{curve}{kept}, {number(row['errors'][kept]):.4g}" if kept != "learned" else ""
+        end = f"; it does not win, so the file keeps {instead}" if instead else ""
         lines.append(
             f"{n} steps of {verdict['solver']}: {verdict['measure']} {number(row['errors']['learned']):.4g}, {best}{said}{end}"
         )
