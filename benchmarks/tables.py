@@ -396,8 +396,8 @@ def summary() -> str:
         f"{few['mixtures']:.2f} on exact mixtures, {few['images']:.2f} on image models",
         f"best or within 2 % of the best of {len(methods)} methods in {wide_best} of {count(wide)} cells of mixtures and "
         f"digits, but for LD3, which takes gradients, in {wide_but}; in {share(NARROW, 'best_or_within_2_percent')} of "
-        f"{count(NARROW)} of MNIST and Fashion-MNIST, there mostly against the {len(free)} free ones alone; the published costs "
-        f"the best in {won}",
+        f"{count(NARROW)} of MNIST and Fashion-MNIST, there mostly against the {len(free)} free ones alone; the published "
+        f"costs the best in {won}",
     )
     line(
         "the same in image to image, and of a flow model",
