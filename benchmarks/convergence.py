@@ -124,10 +124,12 @@ def draw(result: dict, file: Path) -> None:
             for row in costs[cost]:
                 for k, (start, uneven) in enumerate(row["uneven"].items()):
                     colour = COLOURS.get(start, f"C{k + 4}")
-                    axis.plot(uneven, color=colour, lw=1, label=start if row["seed"] == 0 else None)
-                axis.plot(row["apart"], color="0.6", ls=":", lw=1, label="apart" if row["seed"] == 0 else None)
-    axes[0, 0].set_ylabel("uneven; apart")
-    axes[1, 0].set_ylabel("uneven; apart")
+                    axis.plot(uneven, color=colour, lw=1, label=f"from {start}" if row["seed"] == 0 else None)
+                axis.plot(
+                    row["apart"], color="0.6", ls=":", lw=1, label="levels' largest distance" if row["seed"] == 0 else None
+                )
+    for axis in axes[:, 0]:
+        axis.set_ylabel("costs' variation; distance (log sigma)", fontsize=8)
     axes[0, 0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(file)

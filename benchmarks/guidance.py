@@ -209,10 +209,13 @@ def draw(result: dict, file: Path) -> None:
             axis.imshow(shown, cmap="RdYlGn_r", vmin=-math.log(6), vmax=math.log(6), aspect="auto")
             for i, a in enumerate(cells):
                 for j, b in enumerate(columns):
-                    axis.text(j, i, f"{cells[a][b]:.2f}", ha="center", va="center", fontsize=8)
+                    ink = "white" if abs(shown[i][j]) > math.log(4) else "black"
+                    axis.text(j, i, f"{cells[a][b]:.2f}", ha="center", va="center", fontsize=8, color=ink)
             axis.set_xticks(range(len(columns)), columns)
             axis.set_yticks(range(len(cells)), cells)
-            axis.set(xlabel=f"used at {what}", ylabel=f"schedule of {what}", title=f"dpmpp_2m, {steps} steps: error / own")
+            axis.set(
+                xlabel=f"used at {what}", ylabel=f"schedule of {what}", title=f"{steps} steps: error / that of its own {what}'s"
+            )
             axis.spines[:].set_visible(False)
         axis = row[2]
         mine = [r for r in rows if (r["solver"], r["steps"]) == ("dpmpp_2m", 10)]
@@ -223,7 +226,7 @@ def draw(result: dict, file: Path) -> None:
                 if name == "all":
                     colour = COLOURS["slow"]
                 axis.semilogy(range(10), r["levels"], ".-", lw=0.9, ms=4, color=colour, label=label)
-        axis.set(title="its 10 levels, one line per seed", xlabel="step", ylabel="sigma")
+        axis.set(title=f"10 levels by {what}, one line per seed", xlabel="step", ylabel="sigma")
         axis.legend(title=what, frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(file)
