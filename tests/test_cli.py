@@ -539,6 +539,7 @@ def bad_inputs(root, tmp):
             "belongs to `fewstep train`",
         ),
         "a check that is to write": (("schedule", "--model", model, "--check", tmp / "k.json", "--out", out), "leave --out"),
+        "a check of other steps": (("schedule", "--model", model, "--check", tmp / "k.json", "--steps", 5), "leave --solver"),
         "nothing to evaluate": (("evaluate", "--data", points, "--out", out), "nothing to evaluate"),
         "a sampler's steps without one": ((*evaluate, "--sampler-steps", 3), "--sampler-steps is for a --sampler"),
         "an energy without a file": ((*finetune, "--energy", "autoencoder"), "give file.py:function"),

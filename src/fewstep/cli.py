@@ -115,6 +115,8 @@ def schedule(
     if check is not None:
         if out is not None or source is not None:
             raise ValueError("--check fits nothing and writes nothing: leave --out and --data out")
+        if config.steps or config.solver != LearnConfig().solver:
+            raise ValueError("--check judges what the file was judged for: leave --solver and --steps out")
         verdict, lines = fit.check(check, model, config, condition, form, device, meter)
         print("\n".join(lines))
         sys.exit(3 if verdict["refit"] else 0)

@@ -247,8 +247,6 @@ def check(
         raise ValueError(
             f"{file} was judged by the {before['measure']}, by an older fewstep; make it again with `fewstep schedule`"
         )
-    if config.steps or config.solver not in (LearnConfig().solver, before["solver"]):
-        raise ValueError(f"--check judges what the file was judged for, {before['solver']}; leave --solver and --steps out")
     denoiser, cond = load_condition(condition, models.load_denoiser(model, device))
     if (start := schedule.provenance.get("start")) is not None:
         denoiser = Midway(denoiser, start, schedule.made_for()[0], schedule.provenance.get("noisiest"))
