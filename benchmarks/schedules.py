@@ -88,21 +88,20 @@ REDUCED: dict[str, baselines.Peer] = {  # for convolutions on a CPU: at most abo
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run on a kind of model. fitted_at: the steps at which the fitted peers take part."""
+    """What is run on a kind of model. fitted_seeds: how many of the seeds the fitted peers take part in."""
 
     solvers: tuple[str, ...]
     steps: tuple[int, ...]
     seeds: int
     tests: int
     converged: int  # levels of the solve that all are held to
-    fitted_at: tuple[int, ...]
     fitted_seeds: int
     batch_size: int
 
 
-MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 16_384, 300, (4, 5, 6, 8, 10, 15, 20), 3, 128)
-DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 1024, 300, (4, 5, 6, 8, 10), 3, 128)
-NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 1, 256, 96, (6,), 1, 32)
+MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 16_384, 300, 3, 128)
+DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 1024, 300, 3, 128)
+NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 1, 256, 96, 1, 32)
 
 
 class Model:
@@ -228,9 +227,9 @@ class Peers:
             return (name, steps, *ends)
         return (name, steps, model, seed) if name in BLIND else (name, steps, model, seed, solver)
 
-    def names(self, plan: Plan, steps: int, seed: int) -> tuple[str, ...]:
+    def names(self, plan: Plan, seed: int) -> tuple[str, ...]:
         fitted = [n for n in (*BLIND, "ld3") if plan is not NETWORKS or n in REDUCED]
-        return (*FREE, *fitted) if steps in plan.fitted_at and seed < plan.fitted_seeds else FREE
+        return (*FREE, *fitted) if seed < plan.fitted_seeds else FREE
 
     def levels(self, model: Model, solver: str, steps: int, seed: int, name: str) -> dict:
         key = self.key(model.name, solver, seed, name, steps, (model.low, model.high))
@@ -300,7 +299,7 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
     plain = curve.schedule
     guarded, about = curve.refined(steps)
     spent = {"evaluations": about["curve_evaluations"], "gradients": 0, "seconds": about["curve_seconds"]}
-    names = needed(before) if before else peers.names(model.plan, steps, seed)
+    names = needed(before) if before else peers.names(model.plan, seed)
     methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}
     thetas = {name: angles(m["sigmas"]) for name, m in methods.items()}
     both = spent["evaluations"] + about["refine_evaluations"], spent["seconds"] + about["refine_seconds"]
@@ -357,7 +356,7 @@ def rivals(squares: dict[str, Tensor]) -> dict[str, dict]:
 def fill_cell(model: Model, peers: Peers, before: dict) -> dict | None:
     """An earlier row with the peers that it lacks, or None where it lacks none."""
     solver, steps, seed = before["solver"], before["steps"], before["seed"]
-    names = [name for name in peers.names(model.plan, steps, seed) if name not in before["methods"]]
+    names = [name for name in peers.names(model.plan, seed) if name not in before["methods"]]
     if not names:
         return None
     methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}

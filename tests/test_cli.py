@@ -471,7 +471,8 @@ def bad_inputs(root, tmp):
     np.save(tmp / "wide.npy", np.random.default_rng(0).normal(size=(50, 3)))
     np.save(tmp / "large.npy", 1000 * np.random.default_rng(0).normal(size=(50, 2)))
     (tmp / "text.npy").write_text("hello")
-    (tmp / "mine.py").write_text("def five():\n    return 5\n\n\ndef taste(x):\n    return x[:, 0]\n")
+    functions = ("five():\n    return 5", "taste(x):\n    return x[:, 0]", "lost():\n    raise RuntimeError('no weights')")
+    (tmp / "mine.py").write_text("\n\n\n".join(f"def {function}" for function in functions) + "\n")
     (tmp / "broken.py").write_text("def five(:\n")
     np.savez(tmp / "cut.npz", x=nan)
     (tmp / "cut.npz").write_bytes((tmp / "cut.npz").read_bytes()[:200])
@@ -517,6 +518,7 @@ def bad_inputs(root, tmp):
         "no such model": (("sample", "--model", "nothing", "--out", out), "no model 'nothing'"),
         "a model folder that is none": (("sample", "--model", tmp / "other", "--out", out), "diffusers"),
         "a function that returns no model": (("sample", "--model", f"{tmp}/mine.py:five", "--out", out), "not a fewstep"),
+        "a function that fails": (("sample", "--model", f"{tmp}/mine.py:lost", "--out", out), "RuntimeError: no weights"),
         "a function that is not there": (("sample", "--model", f"{tmp}/mine.py:six", "--out", out), "no function 'six'"),
         "steps of a published cost": (
             ("schedule", "--model", model, "--cost", "corrector", "--steps", 4, "--out", out),

@@ -80,7 +80,11 @@ def load_function(spec: str) -> Callable:
 def load_denoiser(name: str, device: str = "cpu") -> Denoiser:
     """The model that a name means, for use without training: run folder, diffusers folder or hub id, file.py:function."""
     if ".py:" in name:
-        denoiser = load_function(name)()
+        make = load_function(name)
+        try:
+            denoiser = make()
+        except Exception as error:
+            raise ValueError(f"{name} failed with {type(error).__name__}: {error}") from error
         if not isinstance(denoiser, Denoiser):
             raise ValueError(f"{name} returned {type(denoiser).__name__}, not a fewstep Denoiser; wrap it in Pretrained(...)")
     elif (File(name) / "config.json").exists() and read_config_or_none(name):
