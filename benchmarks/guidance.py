@@ -213,9 +213,7 @@ def draw(result: dict, file: Path) -> None:
                     axis.text(j, i, f"{cells[a][b]:.2f}", ha="center", va="center", fontsize=8, color=ink)
             axis.set_xticks(range(len(columns)), columns)
             axis.set_yticks(range(len(cells)), cells)
-            axis.set(
-                xlabel=f"used at {what}", ylabel=f"schedule of {what}", title=f"{steps} steps: error / that of its own {what}'s"
-            )
+            axis.set(xlabel=f"used at {what}", ylabel=f"schedule of {what}", title=f"by {what}, {steps} steps: error / own")
             axis.spines[:].set_visible(False)
         axis = row[2]
         mine = [r for r in rows if (r["solver"], r["steps"]) == ("dpmpp_2m", 10)]
