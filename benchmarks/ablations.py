@@ -122,7 +122,11 @@ def learned(
     state = make_state(denoiser, times, config, data.shape)
     for _ in finetune(state, data.train, make_goal(data.test) if held_out else None):
         pass
-    about = {"cpu_seconds": round(time.process_time() - began, 1), "pace": state.pace, "rolled_back": state.rolled_back}
+    about = {
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "pace": state.pace,
+        "rolled_back": state.rolled_back + state.fallen,
+    }
     if held_out:
         state.restore_best()
         about |= {"held_out_auroc": state.best["held_out_auroc"]}
