@@ -472,8 +472,8 @@ def _in_words(error: CycloptsError) -> str:
     if not isinstance(error.__cause__, ValidationError):
         return str(error)
     first = error.__cause__.errors()[0]
-    option = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else str(error).split(" for ")[1].split(". ")[0]
-    return f"{option} {first['input']}: {first['msg'].removeprefix('Input ')}"
+    option = f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}" if first["loc"] else str(error).partition(". ")[0]
+    return f"{option}: {first['msg'].removeprefix('Input ')}"
 
 
 def _fail(message: str) -> None:

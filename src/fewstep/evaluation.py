@@ -120,7 +120,7 @@ def evaluate(
         for n in dict.fromkeys(sampler_steps or [tuned.steps]):
             other = tuned if n == tuned.steps else in_steps(tuned, n)
             cells.append((label, other, other.times.cpu(), "", told))
-    settings["solvers"] = list(solvers)
+    settings["solvers"] = list(solvers) or ["euler"]
     if data.train_labels is not None and any(told for *_, told in cells):
         settings["labels_fingerprint"] = fingerprint([data.train_labels])
     folder = open_run(out, "evaluate", settings)
