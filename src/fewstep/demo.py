@@ -109,8 +109,8 @@ def write_report(
     )
     seconds = time.perf_counter() - clock
     short = (
-        f"Done in {seconds:.0f} s: FD-pixels at {STEPS} evaluations {tuned:.2f} fine-tuned, {free['karras']:.2f} with DPM++ 2M on "
-        "Karras' levels."
+        f"Done in {seconds:.0f} s: FD-pixels at {STEPS} evaluations {tuned:.2f} fine-tuned, {free['karras']:.2f} with DPM++ 2M "
+        "on Karras' levels."
     )
     write_json(out / "results.json", facts | {"seconds": round(seconds, 1)})
     sections = [
