@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep import cli, tune
+from fewstep import cli, finetuning, tune
 from fewstep.endpoint import Runs, mean_square, reference
 from fewstep.mixture import ring
 from fewstep.models import load_denoiser, load_sampler
@@ -409,6 +409,15 @@ def test_show_makes_a_page_for_every_kind_of_folder(trained, capsys):
             first = float(Schedule.load(trained / "schedule" / "schedule.json").sigmas(2)[0])
             assert f"{first:.4g}, " in said
             assert "2 steps of euler: endpoint error" in " ".join(said.split())
+
+
+def test_a_run_that_was_never_finite_where_it_was_judged_says_so(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetuning, "keep_best", lambda *_: {})
+    arguments = ("--model", trained / "model", "--data", trained / "points.npy", "--schedule", "karras", "--steps", 2)
+    short = ("--iterations", 2, "--density-iterations", 2, "--threads", 1)
+    err = fewstep("finetune", *arguments, *short, "--out", tmp_path / "f", expect=2, capsys=capsys)
+    assert "no state's samples and energies were finite" in err
+    assert not (tmp_path / "f" / "sampler.safetensors").exists()
 
 
 def test_a_schedule_is_run_with_the_solver_that_it_was_learned_for(trained, tmp_path):
