@@ -6,6 +6,7 @@ there are, up to the order of sums. What talks between them is accelerate's.
 
 from __future__ import annotations
 
+import atexit
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,8 @@ class Processes:
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
         self.count = self.accelerator.num_processes if self.accelerator else 1
         self.index = self.accelerator.process_index if self.accelerator else 0
+        if self.accelerator:
+            atexit.register(self.accelerator.end_training)  # threads of a process group that is left open abort the exit
 
     def share(self, whole: Tensor, dim: int = 0) -> Tensor:
         """Every count-th entry along dim, which must divide evenly."""
