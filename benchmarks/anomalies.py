@@ -36,9 +36,9 @@ from fewstep.denoiser import Denoiser
 from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.finetuning import finetune
+from fewstep.learn import learn_schedule
 from fewstep.metrics import auroc
 from fewstep.run import read_lines, write_json
-from fewstep.schedule import karras
 from fewstep.training import TrainState, train
 from schedules import append
 from tables import anomalies
@@ -96,8 +96,7 @@ def neighbours(data: Tensor, seed: int) -> dict[str, Score]:
     }
 
 
-def learned(denoiser: Denoiser, data: Tensor, config: FinetuneConfig, energy: nn.Module | None = None) -> Value:
-    times = karras(TRAIN.sigma_min, TRAIN.sigma_max).times(denoiser.path, STEPS)
+def learned(denoiser: Denoiser, times: Tensor, data: Tensor, config: FinetuneConfig, energy: nn.Module | None = None) -> Value:
     state = make_state(denoiser, times, config, tuple(data.shape[1:]), energy)
     for _ in finetune(state, data):
         pass
@@ -128,10 +127,13 @@ def row_of(digit: int, seed: int, shrink: int) -> dict:
     state = TrainState(data.shape, short(TRAIN))
     for _ in train(state, normal):
         pass
-    value = learned(state.averaged.module, normal, short(FINETUNE))
+    denoiser = state.averaged.module
+    g = torch.Generator().manual_seed(seed)
+    times = learn_schedule(denoiser, solver="ancestral", steps=[STEPS], generator=g).times(denoiser.path, STEPS)
+    value = learned(denoiser, times, normal, short(FINETUNE))
     judge("density", lambda x: value.density(x, STEPS))
     judge("energy", value.energy)
-    judge("autoencoder, fine-tuned", learned(state.averaged.module, normal, short(STRUCTURED), autoencoder).energy)
+    judge("autoencoder, fine-tuned", learned(denoiser, times, normal, short(STRUCTURED), autoencoder).energy)
     return row
 
 

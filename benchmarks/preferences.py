@@ -1,12 +1,12 @@
 """Can a four-step sampler be taught what somebody likes, and what does that cost?
 
-    python benchmarks/preferences.py           two seeds; writes benchmarks/preferences.json and docs/pictures/preferences.png
+    python benchmarks/preferences.py           three seeds; writes benchmarks/preferences.json and docs/pictures/preferences.png
     python benchmarks/preferences.py --quick   a smoke run, with numbers that mean nothing
 
 Two things that can be measured on a digit stand for a taste: how far it is slanted (the shear of its ink's moments) and how
 thick it is (its mean ink), each in standard deviations of the training digits. Each is followed (i) as it is and (ii) as a
 preference learned from 300 choices between the model's own samples, of which 10 % are flipped and the close ones are ties.
-A sampler of four steps is fine-tuned with each, at several weights w, and without any (w = 0).
+A sampler of four steps, on levels that it learns, is fine-tuned with each, at several weights w, and without any (w = 0).
 
 The target of weight w is the data times exp(w r), which moves the taste by itself: `ideal` is that target among the training
 digits, by importance. Quality is measured against the data, which a taste must leave, and against the target's own digits
@@ -36,6 +36,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.dxmi import make_state
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
+from fewstep.learn import learn_schedule
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.prefer import draw_pairs
 from fewstep.preference import CHOICES, learn_preference
@@ -85,9 +86,10 @@ def pretrain(data: Data, seed: int, iterations: int) -> Denoiser:
     return state.averaged.module
 
 
-def taught(denoiser: Denoiser, data: Data, config: FinetuneConfig, reward: Reward | None, weight: float) -> Sampler:
-    """A four-step sampler, fine-tuned with a reward of this weight."""
-    times = karras(TRAIN.sigma_min, TRAIN.sigma_max).times(denoiser.path, STEPS)
+def taught(
+    denoiser: Denoiser, times: Tensor, data: Data, config: FinetuneConfig, reward: Reward | None, weight: float
+) -> Sampler:
+    """A sampler on these times, fine-tuned with a reward of this weight."""
     state = make_state(denoiser, times, config, data.shape)
     for _ in finetune(state, make_goal(data.train, reward=reward, weight=weight)):
         pass
@@ -144,11 +146,13 @@ def one_seed(seed: int, weights: tuple[float, ...], pretraining: int, config: Fi
     denoiser = pretrain(data, seed, pretraining)
     slow = karras(TRAIN.sigma_min, TRAIN.sigma_max).times(denoiser.path, 20)
     items, _ = generate(denoiser, slow, 600, data.shape, "dpmpp_2m", seed + 1)
+    g = torch.Generator().manual_seed(seed)
+    times = learn_schedule(denoiser, solver="ancestral", steps=[STEPS], generator=g).times(denoiser.path, STEPS)
     rows, agreements, shown = [], [], {}
 
     def samples(reward: Reward | None, weight: float) -> tuple[Tensor, float]:
         clock = time.process_time()
-        sampler = taught(denoiser, data, dataclasses.replace(config, seed=seed), reward, weight)
+        sampler = taught(denoiser, times, data, dataclasses.replace(config, seed=seed), reward, weight)
         seconds = time.process_time() - clock
         return generate(sampler, sampler.times, SAMPLES, data.shape, "", seed + 2)[0], seconds
 
@@ -216,7 +220,7 @@ def picture(file: Path, rows: list[dict], shown: dict[str, Tensor]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of FinetuneConfig")

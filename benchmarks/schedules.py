@@ -88,20 +88,18 @@ REDUCED: dict[str, baselines.Peer] = {  # for convolutions on a CPU: at most abo
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run on a kind of model. fitted_seeds: how many of the seeds the fitted peers take part in."""
+    """What is run on a kind of model."""
 
     solvers: tuple[str, ...]
     steps: tuple[int, ...]
-    seeds: int
     tests: int
     converged: int  # levels of the solve that all are held to
-    fitted_seeds: int
     batch_size: int
 
 
-MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 3, 16_384, 300, 3, 128)
-DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 3, 1024, 300, 3, 128)
-NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 1, 256, 96, 1, 32)
+MIXTURES = Plan(SOLVERS, (4, 5, 6, 8, 10, 15, 20), 16_384, 300, 128)
+DIGITS = Plan(SOLVERS, (4, 5, 6, 8, 10), 1024, 300, 128)
+NETWORKS = Plan(("dpmpp_2m", "unipc", "euler", "ipndm", "heun"), (6, 8, 4, 5, 10), 256, 96, 32)
 
 
 class Model:
@@ -227,24 +225,27 @@ class Peers:
             return (name, steps, *ends)
         return (name, steps, model, seed) if name in BLIND else (name, steps, model, seed, solver)
 
-    def names(self, plan: Plan, seed: int) -> tuple[str, ...]:
-        fitted = [n for n in (*BLIND, "ld3") if plan is not NETWORKS or n in REDUCED]
-        return (*FREE, *fitted) if seed < plan.fitted_seeds else FREE
+    def names(self, plan: Plan) -> tuple[str, ...]:
+        return (*FREE, *(n for n in (*BLIND, "ld3") if plan is not NETWORKS or n in REDUCED))
 
     def levels(self, model: Model, solver: str, steps: int, seed: int, name: str) -> dict:
         key = self.key(model.name, solver, seed, name, steps, (model.low, model.high))
         if key in self.fitted:
             return self.fitted[key]
-        noise = model.high * torch.randn(256, *model.shape, generator=seeded(1000 * seed + 4))
-        g = seeded(1000 * seed + 5)
-        problem = baselines.Problem(model.on_ve, solver, steps, model.train, noise, g, model.plan.batch_size)
         peer = REDUCED.get(name, name) if model.plan is NETWORKS else name
         start = time.perf_counter()
-        fit = baselines.fit(peer, problem)
+        fit = baselines.fit(peer, problem_of(model, solver, steps, seed))
         cell = {"evaluations": fit.evaluations, "gradients": fit.gradients, "seconds": round(time.perf_counter() - start, 2)}
         cell["sigmas"] = digits_of(fit.sigmas)
         self.fitted[key] = cell
         return cell
+
+
+def problem_of(model: Model, solver: str, steps: int, seed: int) -> baselines.Problem:
+    """What the peers are given."""
+    noise = model.high * torch.randn(256, *model.shape, generator=seeded(1000 * seed + 4))
+    g = seeded(1000 * seed + 5)
+    return baselines.Problem(model.on_ve, solver, steps, model.train, noise, g, model.plan.batch_size)
 
 
 def digits_of(numbers: Iterable) -> list[float]:
@@ -299,7 +300,7 @@ def run_cell(model: Model, solver: str, steps: int, seed: int, curve: Curve, pee
     plain = curve.schedule
     guarded, about = curve.refined(steps)
     spent = {"evaluations": about["curve_evaluations"], "gradients": 0, "seconds": about["curve_seconds"]}
-    names = needed(before) if before else peers.names(model.plan, seed)
+    names = needed(before) if before else peers.names(model.plan)
     methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}
     thetas = {name: angles(m["sigmas"]) for name, m in methods.items()}
     both = spent["evaluations"] + about["refine_evaluations"], spent["seconds"] + about["refine_seconds"]
@@ -356,7 +357,7 @@ def rivals(squares: dict[str, Tensor]) -> dict[str, dict]:
 def fill_cell(model: Model, peers: Peers, before: dict) -> dict | None:
     """An earlier row with the peers that it lacks, or None where it lacks none."""
     solver, steps, seed = before["solver"], before["steps"], before["seed"]
-    names = [name for name in peers.names(model.plan, seed) if name not in before["methods"]]
+    names = [name for name in peers.names(model.plan) if name not in before["methods"]]
     if not names:
         return None
     methods = {name: dict(peers.levels(model, solver, steps, seed, name)) for name in names}
@@ -415,13 +416,11 @@ def run(args: argparse.Namespace) -> None:
     before = {key(cell): row_of(cell) for cell in args.known.get("cells", ())}
     finished = {key(row): row for row in rows_in(args.rows)}
     peers = Peers(rows_in(args.rows) + (rows_in(args.peers) if args.peers else []))
-    for seed in range(args.seeds if args.seeds is not None else 3):
+    for seed in range(args.seeds):
         for name in names:
             if name not in models:
                 models[name] = made[name]()
             model = models[name]
-            if seed >= model.plan.seeds and args.seeds is None:
-                continue
             for solver in (s for s in model.plan.solvers if not args.solvers or s in args.solvers):
                 done = set() if args.judge else {key(row) for row in rows_in(args.rows)}
                 done |= set() if args.again or args.fill or args.judge else before.keys()
@@ -470,12 +469,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these of ring, modes64, spectrum, digits, mnist_slim, fashion")
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, help="only these")
     parser.add_argument("--steps", nargs="+", type=int, help="only these")
-    parser.add_argument("--seeds", type=int, help="as many; default 3, and 1 for the convolutions")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=Path, default=HERE.parent / "runs" / "schedules", help="where finished cells are kept")
     parser.add_argument("--peers", type=Path, metavar="ROWS", help="take the peers' levels from these rows, made before")
     parser.add_argument("--add", action="store_true", help="cells of --out, if of the same models, count as finished and stay")
     parser.add_argument("--again", action="store_true", help="with --add: they are run again, but for the peers")
-    parser.add_argument("--fill", action="store_true", help="with --add: only the peers that they lack, at their seeds")
+    parser.add_argument("--fill", action="store_true", help="with --add: only the peers that they lack")
     parser.add_argument("--judge", action="store_true", help="only finished rows of fewer noises, judged again on this plan's")
     parser.add_argument("--compile", action="store_true", help="the convolutions by torch.compile; needs a C++ compiler")
     parser.add_argument("--draw", action="store_true", help="only the summary and the figure")

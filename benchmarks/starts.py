@@ -1,12 +1,13 @@
-"""From any denoiser on any path, and with labels: 8 x 8 digits, 4 steps on Karras' levels, the default configuration.
+"""From any denoiser on any path, and with labels: 8 x 8 digits, 4 steps on the levels that they learn, all by default.
 
     fewstep train --data digits --iterations 4000 --sigma-min 0.2 --sigma-max 10 --out RUN
     fewstep train --data digits --iterations 4000 --sigma-min 0.2 --sigma-max 10 --labels --out LABELLED
-    python benchmarks/starts.py RUN LABELLED             two seeds; writes benchmarks/starts.json
+    python benchmarks/starts.py RUN LABELLED             three seeds; writes benchmarks/starts.json
     python benchmarks/starts.py RUN LABELLED --quick     in miniature, into --rows; says nothing but that it runs
 
-The same network is taken for a denoiser on the variance-exploding and on the linear (flow-matching) path: same levels
-sigma/alpha, other scales of x. With labels, sampler and energy are told the class, in the data's shares.
+Levels are learned as `fewstep finetune` does, for ancestral sampling, one fit for all seeds. The same network is taken for a
+denoiser on the variance-exploding and on the linear (flow-matching) path: other scales of x. With labels, sampler and energy
+are told the class, in the data's shares.
 start: ancestral sampling on the same levels. fd: Frechet distance in pixels of 2,000 samples to all training digits.
 obeyed: share of samples that a classifier (98.7 % right on held-out digits) takes for the class that was asked for.
 energy_right: share of held-out digits whose energy is lowest with their own label of the ten. Finished rows are kept in --rows.
@@ -32,10 +33,11 @@ from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
+from fewstep.learn import learn_schedule
 from fewstep.path import Linear
 from fewstep.run import read_lines, write_json
 from fewstep.sampler import Sampler
-from fewstep.schedule import karras
+from fewstep.tailor import NOISES
 from images import Classifier, seen, train_classifier
 from schedules import append
 from tables import starts
@@ -52,6 +54,11 @@ def denoisers(run: str, labelled: str) -> dict[str, Denoiser]:
         "linear (flow)": OnPath(plain, Linear()),
         LABELS: models.load_denoiser(labelled),
     }
+
+
+def levels(denoiser: Denoiser, labels: Tensor | None) -> Tensor:
+    cond, g = told(None if labels is None else labels[:NOISES]), torch.Generator().manual_seed(0)
+    return learn_schedule(denoiser, solver="ancestral", steps=[STEPS], cond=cond, generator=g).times(denoiser.path, STEPS)
 
 
 def drawn(sampler: Sampler, data: Data, count: int, seed: int, asked: Tensor | None) -> Tensor:
@@ -79,8 +86,10 @@ def run(args: argparse.Namespace, file: Path) -> None:
     data, count = load_data("digits"), 100 if args.quick else COUNT
     assert data.train_labels is not None
     net = train_classifier(data, 2 if args.quick else 30)
+    known = denoisers(args.model, args.labelled)
+    learned = {name: levels(denoiser, data.train_labels if name == LABELS else None) for name, denoiser in known.items()}
     for seed in range(args.seeds):
-        for name, denoiser in denoisers(args.model, args.labelled).items():
+        for name, denoiser in known.items():
             if any((row["row"], row["seed"]) == (name, seed) for row in read_lines(file)):
                 continue
             labels = data.train_labels if name == LABELS else None
@@ -92,10 +101,9 @@ def run(args: argparse.Namespace, file: Path) -> None:
             config = FinetuneConfig(seed=seed)
             if args.quick:
                 config = dataclasses.replace(config, iterations=10, density_iterations=10)
-            times = karras(0.2, 10.0).times(denoiser.path, STEPS)
-            start = judged(drawn(Sampler(denoiser, times), data, count, seed, asked), data, asked, net)
+            start = judged(drawn(Sampler(denoiser, learned[name]), data, count, seed, asked), data, asked, net)
             began = time.process_time()
-            state = make_state(denoiser, times, config, data.shape)
+            state = make_state(denoiser, learned[name], config, data.shape)
             for _ in finetune(state, make_goal(data.train, labels)):
                 pass
             seconds = round(time.process_time() - began, 1)
@@ -110,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="RUN", help="folder of `fewstep train --data digits`")
     parser.add_argument("labelled", metavar="LABELLED", help="the same with --labels")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a check that everything runs")
     parser.add_argument("--rows", type=Path, help="the file of finished rows; default runs/starts.jsonl")
     args = parser.parse_args()
