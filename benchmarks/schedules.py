@@ -132,7 +132,7 @@ class Model:
             "verdict": (verdict_noises, 96, 100 + k),
             "test": (plan.tests, plan.converged, 3),
         }[purpose]
-        on_arcs, name = purpose == "verdict", f"{purpose}{k}" if purpose == "verdict" else purpose
+        on_arcs, name = purpose == "verdict", f"verdict{k}-{count}" if purpose == "verdict" else purpose
         if (seed, name) not in self.known:
             file = self.folder / f"{self.name}-{seed}-{name}.safetensors"
             if not file.exists():
@@ -146,15 +146,15 @@ class Model:
             self.known[seed, name] = Reference(**stored | {"bending": tuple(stored["bending"])})
         return self.known[seed, name]
 
-    def guarded(self, found: Schedule, solver: str, steps: int, seed: int) -> Schedule:
-        """With what the default verdict keeps for this number of steps."""
+    def guarded(self, found: Schedule, solver: str, steps: int, seed: int, config: LearnConfig = LEARN) -> Schedule:
+        """With what the verdict keeps for this number of steps."""
 
         def squares(k: int, count: int, grids: Mapping[int, Mapping[str, Tensor]]) -> tuple[Squares, int]:
             unseen = self.reference(seed, "verdict", k, count)
             found_there, spent = squares_of(self.denoiser, solver, grids, unseen, batch_size=self.plan.batch_size)
             return found_there, unseen.evaluations + spent
 
-        verdict = settle(entrants(found, [steps]), squares, solver, LEARN.verdict_noises, LEARN.verdict_doublings)
+        verdict = settle(entrants(found, [steps]), squares, solver, config.verdict_noises, config.verdict_doublings)
         return guard(found, verdict)
 
     def features(self, x: Tensor) -> Tensor:
