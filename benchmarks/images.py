@@ -235,6 +235,7 @@ class Subject:
                 "held_out": {str(n): measures(features[:n], labels[:n], train) for n in sorted(counts)},
             }
             write_json(self.rows / f"about-{self.name}.json", about)
+            save_tree(self.rows / f"picture-{self.name}-data.safetensors", {"x": self.data.test[:SHOWN]})
             save_tree(file, {"train": train})
         return load_tree(file)["train"]
 
@@ -414,19 +415,21 @@ def document(folder: Path, before: dict) -> dict:
 
 
 def draw(folder: Path, name: str, rows: list[dict], file: Path) -> None:
-    """Samples of every method, seed 0, from the same noises: three grids to a row, by evaluations."""
+    """Samples of every method, seed 0, from the same noises: three grids to a row, by evaluations; and held-out data."""
     shown = {picture_key({"model": name} | row): row for row in rows if row["seed"] == 0}
     files = {folder / f"picture-{key}.safetensors": row for key, row in shown.items()}
-    panels = sorted(((f, row) for f, row in files.items() if f.exists()), key=lambda p: (p[1]["evaluations"], p[1]["method"]))
-    if not panels:
+    found = sorted((row["evaluations"], row["method"], f) for f, row in files.items() if f.exists())
+    if not found:
         return
+    panels = [(f"{evaluations}: {method}", f) for evaluations, method, f in found]
+    panels += [("held-out data", f) for f in [folder / f"picture-{name}-data.safetensors"] if f.exists()]
     height = -(-len(panels) // 3)
     figure, axes = plt.subplots(height, 3, figsize=(9, 1.75 * height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (panel, row) in zip(axes.flat, panels, strict=False):
+    for axis, (title, panel) in zip(axes.flat, panels, strict=False):
         axis.imshow(report.tile(load_tree(panel)["x"], 8), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(f"{row['evaluations']}: {row['method']}", fontsize=8)
+        axis.set_title(title, fontsize=8)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
