@@ -3,13 +3,15 @@
     python benchmarks/guidance.py                    three seeds, 5 minutes of CPU; writes guidance.json and its picture
     python benchmarks/guidance.py --model FOLDER     and how far copies of a trained model drift: bfloat16, int8, noise
     python benchmarks/guidance.py --model FOLDER --drift     only that; the rest stays in the JSON
+    python benchmarks/guidance.py --labelled FOLDER  both of a network: of `fewstep train --data digits --labels`
     python benchmarks/guidance.py --draw             only the picture, from the JSON
 
 Guidance: a ring of 8 Gaussians, whose classes are 4 pairs of neighbours of unequal weights and of stds 0.05 to 0.5, with
 its exact conditional and unconditional denoisers. Per seed, solver, guidance scale and class: refined levels for 6 and 10
 steps. Then every schedule is used on every model. cells: the endpoint error, on 4,096 fresh noises, of the schedule of the
 row on the model of the column, relative to that of the model's own; "best free": the best of the free schedules, chosen on
-the same noises, relative to it. "all" is one schedule for all classes at once. Geometric means over seeds.
+the same noises, relative to it. "all" is one schedule for all classes at once. Geometric means over seeds. Of a network the
+same, with the default budget and on 1,024 noises; neither has met a verdict.
 
 Drift: a schedule is learned for the model with `fewstep schedule`, and held by `--check` against copies of it. noise p: a
 normal perturbation of every tensor, p of its std. against refit: the schedule's error on the copy relative to that of a
@@ -35,11 +37,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep import fit
+from fewstep.commands import guided, label_cond
 from fewstep.config import LearnConfig
-from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.denoiser import Cond, Denoiser, Guided, shape_of
 from fewstep.endpoint import Runs, deal, mean_square, reference
 from fewstep.free import free_schedules
 from fewstep.mixture import ring
+from fewstep.models import load_denoiser
 from fewstep.path import VE
 from fewstep.report import COLOURS  # and the style of our pictures
 from fewstep.run import write_json
@@ -48,12 +52,25 @@ from fewstep.tailor import tailor
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "guidance.png"
 SOLVERS, STEPS, SCALES = ("dpmpp_2m", "euler"), (6, 10), (1.0, 2.0, 4.0, 8.0)
+KINDS = ("scales", "classes", "scales of digits", "classes of digits")
 PATH = VE(0.02, 40.0)
 CLASSES, STDS, SHARES = 4, (0.05, 0.1, 0.2, 0.5), (0.5, 0.7, 0.9, 0.5)
-NOISES = 512  # that a schedule is fitted to; with the default 128 a few noises between two modes decide
-BUDGET = 160_000  # calls of the schedule's own model, per fit; a guided one, of two evaluations, counts as one here
-JUDGED, LEVELS = 4096, 192
 DRIFT_STEPS = (6, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """noises: that a schedule is fitted to. budget: calls of the schedule's own model, per fit; a guided one, of two
+    evaluations, counts as one here. judged, levels: noises that all are compared on, and the levels of their reference."""
+
+    noises: int
+    budget: int
+    judged: int
+    levels: int
+
+
+EXACT = Effort(512, 160_000, 4096, 192)  # of fewer noises the few between two modes decide
+NETWORK = Effort(LearnConfig.noises, LearnConfig.budget, 1024, 96)
 
 
 class Classes(Denoiser):
@@ -94,7 +111,20 @@ def class_models() -> dict[str, tuple[Denoiser, dict[str, Tensor]]]:
     return {f"{k}": (model, labels(k)) for k in range(CLASSES)} | {"all": (model, labels(*range(CLASSES)))}
 
 
-def exchanged(models: dict[str, tuple[Denoiser, dict[str, Tensor]]], solver: str, seed: int) -> list[dict]:
+def network_scales(folder: Path) -> dict[str, tuple[Denoiser, dict[str, Tensor]]]:
+    model = load_denoiser(str(folder))
+    return {f"{s:g}": (guided(model, s), label_cond(str(folder), model, range(10))) for s in SCALES}
+
+
+def network_classes(folder: Path) -> dict[str, tuple[Denoiser, dict[str, Tensor]]]:
+    model = load_denoiser(str(folder))
+    asked = {f"{k}": [k] for k in range(10)} | {"all": list(range(10))}
+    return {name: (model, label_cond(str(folder), model, which)) for name, which in asked.items()}
+
+
+def exchanged(
+    models: dict[str, tuple[Denoiser, dict[str, Tensor]]], solver: str, seed: int, effort: Effort = EXACT
+) -> list[dict]:
     """The endpoint errors of every model's schedule, and of the free ones, on every model."""
     learned = {
         name: tailor(
@@ -102,17 +132,19 @@ def exchanged(models: dict[str, tuple[Denoiser, dict[str, Tensor]]], solver: str
             solver,
             STEPS,
             cond=cond,
-            noises=NOISES,
-            budget=BUDGET * model.evaluations,
+            noises=effort.noises,
+            budget=effort.budget * model.evaluations,
             generator=torch.Generator().manual_seed(seed),
         )
         for name, (model, cond) in models.items()
     }
-    free, noise = free_schedules(PATH.sigma_min, PATH.sigma_max), torch.Generator().manual_seed(10_000 + seed)
+    generator = torch.Generator().manual_seed(10_000 + seed)
     rows = []
     for name, (model, cond) in models.items():
-        known = reference(model, torch.randn(JUDGED, 2, generator=noise), cond, levels=LEVELS, batch_size=JUDGED)
-        runs = Runs(model, solver, known.noise, deal(cond, torch.arange(JUDGED)), batch_size=JUDGED)
+        free = free_schedules(model.path.sigma_min, model.path.sigma_max)
+        noise = torch.randn(effort.judged, *shape_of(model), generator=generator)
+        known = reference(model, noise, cond, levels=effort.levels, batch_size=len(noise))
+        runs = Runs(model, solver, known.noise, deal(cond, torch.arange(len(noise))), batch_size=len(noise))
         for n in STEPS:
 
             def error(schedule: Schedule, n=n, runs=runs, known=known) -> float:
@@ -236,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a folder of `fewstep train`, for the drift of its copies")
+    parser.add_argument("--labelled", type=Path, metavar="FOLDER", help="a model with classes; the rest stays in the JSON")
     parser.add_argument("--drift", action="store_true", help="only the copies of --model; the rest stays in the JSON")
     parser.add_argument("--draw", action="store_true", help="only the picture")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -250,21 +283,25 @@ def main() -> None:
             result["drift"] = {"model": json.loads((args.model / "config.json").read_text())["config"]["data"]}
             result["drift"]["rows"] = drift(args.model)
             write_json(args.out, result)
-        for key, models in () if args.drift else (("scales", scales_models()), ("classes", class_models())):
+        wanted = {} if args.drift or args.labelled else {"scales": (scales_models(), EXACT), "classes": (class_models(), EXACT)}
+        if args.labelled:
+            wanted["scales of digits"] = network_scales(args.labelled), NETWORK
+            wanted["classes of digits"] = network_classes(args.labelled), NETWORK
+        for key, (models, effort) in wanted.items():
             started = time.process_time()
-            result[key] = [row for solver in SOLVERS for seed in range(args.seeds) for row in exchanged(models, solver, seed)]
+            each = (exchanged(models, solver, seed, effort) for solver in SOLVERS for seed in range(args.seeds))
+            result[key] = [row for rows in each for row in rows]
             result["cpu_seconds"] = result.get("cpu_seconds", {}) | {key: round(time.process_time() - started)}
             write_json(args.out, result)
-    if not {"scales", "classes"} <= result.keys():  # --drift into a new file
-        return
-    for key in ("scales", "classes"):
+    for key in (key for key in KINDS if key in result):
         for solver in SOLVERS:
             for steps in STEPS:
                 print(f"{key}, {solver}, {steps} steps (rows: schedule of; columns: used at)")
                 for name, row in matrix(result[key], solver, steps).items():
                     print(f"{name:>10}", *(f"{b}: {v:5.2f}" for b, v in row.items()))
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(result, args.picture)
+    if {"scales", "classes"} <= result.keys():  # else --drift or --labelled has filled a new file
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(result, args.picture)
 
 
 if __name__ == "__main__":
