@@ -33,11 +33,10 @@ from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
-from fewstep.learn import learn_schedule
 from fewstep.path import Linear
 from fewstep.run import read_lines, write_json
 from fewstep.sampler import Sampler
-from fewstep.tailor import NOISES
+from fewstep.tune import learn_levels
 from images import Classifier, seen, train_classifier
 from schedules import append
 from tables import starts
@@ -54,11 +53,6 @@ def denoisers(run: str, labelled: str) -> dict[str, Denoiser]:
         "linear (flow)": OnPath(plain, Linear()),
         LABELS: models.load_denoiser(labelled),
     }
-
-
-def levels(denoiser: Denoiser, labels: Tensor | None) -> Tensor:
-    cond, g = told(None if labels is None else labels[:NOISES]), torch.Generator().manual_seed(0)
-    return learn_schedule(denoiser, solver="ancestral", steps=[STEPS], cond=cond, generator=g).times(denoiser.path, STEPS)
 
 
 def drawn(sampler: Sampler, data: Data, count: int, seed: int, asked: Tensor | None) -> Tensor:
@@ -87,7 +81,10 @@ def run(args: argparse.Namespace, file: Path) -> None:
     assert data.train_labels is not None
     net = train_classifier(data, 2 if args.quick else 30)
     known = denoisers(args.model, args.labelled)
-    learned = {name: levels(denoiser, data.train_labels if name == LABELS else None) for name, denoiser in known.items()}
+    learned = {
+        name: learn_levels(each, STEPS, data.shape, data.train_labels if name == LABELS else None).times(each.path, STEPS)
+        for name, each in known.items()
+    }
     for seed in range(args.seeds):
         for name, denoiser in known.items():
             if any((row["row"], row["seed"]) == (name, seed) for row in read_lines(file)):

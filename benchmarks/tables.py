@@ -303,7 +303,7 @@ def starts(result: dict | None = None) -> str:
         named.setdefault(row["row"], []).append(row)
     seeds = len(next(iter(named.values())))
     lines = [
-        f"**Other paths, and labels** (`python benchmarks/starts.py`, {result['date']}, 8x8 digits, 4 steps on Karras' levels, "
+        f"**Other paths, and labels** (`python benchmarks/starts.py`, {result['date']}, 8x8 digits, 4 steps on learned levels, "
         f"{result['samples']:,} samples, mean ± standard deviation, {seeds} seeds)",
         "",
         "| | FD-pixels, ancestral | fine-tuned | precision | recall | class obeyed, ancestral | fine-tuned | "

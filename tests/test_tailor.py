@@ -8,7 +8,7 @@ import torch
 from scipy.integrate import quad
 
 from counting import Counting
-from fewstep.denoiser import Denoiser, Guided, Pretrained
+from fewstep.denoiser import Denoiser, Guided, OnPath, Pretrained
 from fewstep.endpoint import MIDWAY_STEPS, Midway, Runs, mean_square, reference, squared_errors
 from fewstep.export import sub_range
 from fewstep.free import free_schedules
@@ -16,6 +16,7 @@ from fewstep.learn import learn_by_cost
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Path, Tabulated
+from fewstep.sampler import Sampler
 from fewstep.schedule import Schedule, karras, kl_optimal, log_linear
 from fewstep.solvers import STOCHASTIC, evaluations_of, solve
 from fewstep.tailor import (
@@ -33,6 +34,7 @@ from fewstep.tailor import (
     tailor,
     through,
 )
+from fewstep.tune import learn_levels
 
 PATHS = {
     "VE": VE(),
@@ -476,3 +478,17 @@ def test_the_budget_that_a_refusal_asks_for_will_do():
     assert tailor(ring(), "euler", noises=64, budget=budget + 60).provenance["evaluations"] <= budget + 60
     with pytest.raises(ValueError, match="too few"):
         tailor(ring(), "euler", noises=64, budget=int(0.9 * budget))
+
+
+def test_a_sampler_of_a_flow_model_begins_below_pure_noise_where_the_same_model_does_on_a_ve_path():
+    plain = ring(path=VE(0.05, 20.0))
+    flow = OnPath(plain, Linear(0.05, 20.0))
+    pure = tailor(flow, "ancestral", [3], generator=torch.Generator().manual_seed(0))
+    assert float(pure.times(flow.path, 3)[0]) == 1.0  # a runtime begins where the model does
+    one, other = (learn_levels(each, 3, (2,)).sigmas(3) for each in (plain, flow))
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=0)
+    assert float(other[0]) <= 20
+    with torch.no_grad():
+        shown = Sampler(flow, learn_levels(flow, 3, (2,)).times(flow.path, 3))
+        x = shown.sample(shown.start(2000, (2,), torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2))
+    assert abs(float(x.std()) / float(ring().sample(2000, torch.Generator().manual_seed(3)).std()) - 1) < 0.2

@@ -6,6 +6,7 @@ First the levels of its steps, where none are given: `levels_for`. The loop is f
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path as File
 
 import torch
@@ -26,11 +27,13 @@ from fewstep.commands import (
     unmetered,
 )
 from fewstep.config import FinetuneConfig, Source
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, OnPath
 from fewstep.dxmi import make_state
+from fewstep.endpoint import ignore
 from fewstep.energy import require_energy
 from fewstep.finetuning import finetune as finetune_loop
 from fewstep.goal import Goal, make_goal
+from fewstep.path import VE
 from fewstep.processes import ALONE, Processes
 from fewstep.refine import BUDGET
 from fewstep.run import fingerprint, open_run, record, require_place, require_tensorboard, resume
@@ -126,21 +129,40 @@ def levels_for(
     device: str,
     meter: Meter,
 ) -> Schedule:
-    """The schedule that a sampler of so many steps learns on: for ancestral ones, which it starts with (`tailor`). That of an
-    unfinished run is its folder's."""
+    """The schedule that a sampler of so many steps learns on (`learn_levels`). That of an unfinished run is its folder's."""
     if (out / SCHEDULE).exists():
         return Schedule.load(out / SCHEDULE)
-    cond = None if labels is None else {"class_labels": labels[:NOISES].to(device)}
-    refined = [steps] if steps <= MOST_REFINED else []
-    with meter((1 + len(refined)) * BUDGET * denoiser.evaluations, "learning levels") as tick:
-        return tailor(
-            denoiser,
-            "ancestral",
-            refined,
-            shape=shape,
-            cond=cond,
-            batch_size=config.batch_size,
-            generator=torch.Generator().manual_seed(config.seed),
-            device=device,
-            tick=tick,
-        )
+    fits = 1 + (steps <= MOST_REFINED)
+    with meter(fits * BUDGET * denoiser.evaluations, "learning levels") as tick:
+        return learn_levels(denoiser, steps, shape, labels, config.batch_size, config.seed, device, tick)
+
+
+def learn_levels(
+    denoiser: Denoiser,
+    steps: int,
+    shape: tuple[int, ...],
+    labels: Tensor | None = None,
+    batch_size: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
+    tick: Callable[[int], object] = ignore,
+) -> Schedule:
+    """The schedule for ancestral sampling in so many steps (`tailor`), which is what a sampler begins as.
+
+    A sampler draws its own first state, so where the model's path ends in pure noise, of which there is nothing to be seen, it
+    begins below. labels: of a conditional model, those that its samples are to have.
+    """
+    path = denoiser.path
+    if path.ends_in_pure_noise():
+        denoiser = OnPath(denoiser, VE(path.sigma_min, path.sigma_max))
+    return tailor(
+        denoiser,
+        "ancestral",
+        [steps] if steps <= MOST_REFINED else [],
+        shape=shape,
+        cond=None if labels is None else {"class_labels": labels[:NOISES].to(device)},
+        batch_size=batch_size,
+        generator=torch.Generator().manual_seed(seed),
+        device=device,
+        tick=tick,
+    )
