@@ -5,7 +5,7 @@
 As `schedules.py`, whose rows and JSON it needs for everybody's errors. Changed, one at a time:
 
 - ours with LD3's evaluations: the curve and each refinement fitted to 1,024 noises within 131,000 evaluations, what LD3 takes
-  in the mean on mixtures beside its gradients: `fewstep schedule --noises 1024 --budget 131000`, and the default verdict;
+  in the mean on mixtures beside its gradients, for each: `fewstep schedule --noises 1024 --budget 131000`, default verdict;
 - LD3 with ours: 30,000 evaluations, those of our curve and refinement together, and its gradients on top. It learns on 32
   noises instead of 100, holds out as many, and has as many epochs as that leaves. (With 50 and a teacher of half as many levels
   the teacher's own error spoils its many steps.)
@@ -99,7 +99,8 @@ def run(args: argparse.Namespace, before: Mapping[tuple, dict]) -> None:
 
 
 def every_row(folder: Path) -> list[dict]:
-    return [row for file in sorted((folder / "budget").glob("*.jsonl")) for row in read_lines(file)]
+    rows = [row for file in sorted((folder / "budget").glob("*.jsonl")) for row in read_lines(file)]
+    return [row for row in rows if row.get("changed") in CHANGED]
 
 
 def summarise(rows: list[dict], before: Mapping[tuple, dict]) -> dict:
@@ -133,7 +134,7 @@ def summarise(rows: list[dict], before: Mapping[tuple, dict]) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", metavar="RUN", help="folder of `fewstep train --data digits`")
+    parser.add_argument("--digits", metavar="RUN", required=True, help="folder of `fewstep train --data digits`")
     parser.add_argument("--rows", type=Path, default=HERE.parent / "runs" / "schedules", help="those of schedules.py")
     parser.add_argument("--schedules", type=Path, default=HERE / "schedules.json", help="the JSON of schedules.py")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))

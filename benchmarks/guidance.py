@@ -1,9 +1,9 @@
 """Is the schedule of a guided model its own? Of one class? Of a copy with other weights?
 
-    python benchmarks/guidance.py                    three seeds, 5 minutes of CPU; writes guidance.json and its picture
+    python benchmarks/guidance.py                    three seeds, 2 minutes of CPU; writes guidance.json and its picture
     python benchmarks/guidance.py --model FOLDER     and how far copies of a trained model drift: bfloat16, int8, noise
     python benchmarks/guidance.py --model FOLDER --drift     only that; the rest stays in the JSON
-    python benchmarks/guidance.py --labelled FOLDER  both of a network: of `fewstep train --data digits --labels`
+    python benchmarks/guidance.py --labelled FOLDER  both of a network of `train --data digits --labels`; 10 minutes
     python benchmarks/guidance.py --draw             only the picture, from the JSON
 
 Guidance: a ring of 8 Gaussians, whose classes are 4 pairs of neighbours of unequal weights and of stds 0.05 to 0.5, with
@@ -274,8 +274,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
-    if args.drift and not args.model:
-        parser.error("--drift needs --model")
+    if args.drift and (args.labelled or not args.model):
+        parser.error("--drift needs --model, and goes without --labelled")
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.draw:
         result |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__}

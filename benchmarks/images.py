@@ -235,7 +235,6 @@ class Subject:
                 "held_out": {str(n): measures(features[:n], labels[:n], train) for n in sorted(counts)},
             }
             write_json(self.rows / f"about-{self.name}.json", about)
-            save_tree(self.rows / f"picture-{self.name}-data.safetensors", {"x": self.data.test[:SHOWN]})
             save_tree(file, {"train": train})
         return load_tree(file)["train"]
 
@@ -376,6 +375,8 @@ def run(args: argparse.Namespace) -> None:
     args.rows.mkdir(parents=True, exist_ok=True)
     wanted = re.compile(args.only or "")
     for subject in available(args):
+        if not (args.list or (panel := args.rows / f"picture-{subject.name}-data.safetensors").exists()):
+            save_tree(panel, {"x": subject.data.test[:SHOWN]})
         todo: list[tuple[str, bool, Callable[[], object]]] = [
             (f"{subject.name} schedule", False, partial(getattr, subject, "fitted")),
             (f"{subject.name} classifier", False, partial(getattr, subject, "reference")),

@@ -50,7 +50,7 @@ def denoisers(run: str, labelled: str) -> dict[str, Denoiser]:
     plain = models.load_denoiser(run)
     return {
         "variance exploding": plain,
-        "linear (flow)": OnPath(plain, Linear()),
+        "linear (flow)": OnPath(plain, Linear(plain.path.sigma_min, plain.path.sigma_max)),
         LABELS: models.load_denoiser(labelled),
     }
 
@@ -81,15 +81,14 @@ def run(args: argparse.Namespace, file: Path) -> None:
     assert data.train_labels is not None
     net = train_classifier(data, 2 if args.quick else 30)
     known = denoisers(args.model, args.labelled)
-    learned = {
-        name: learn_levels(each, STEPS, data.shape, data.train_labels if name == LABELS else None).times(each.path, STEPS)
-        for name, each in known.items()
-    }
+    learned: dict[str, Tensor] = {}
     for seed in range(args.seeds):
         for name, denoiser in known.items():
             if any((row["row"], row["seed"]) == (name, seed) for row in read_lines(file)):
                 continue
             labels = data.train_labels if name == LABELS else None
+            if name not in learned:
+                learned[name] = learn_levels(denoiser, STEPS, data.shape, labels).times(denoiser.path, STEPS)
             asked = (
                 labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).repeat(2)[:count]]
                 if labels is not None

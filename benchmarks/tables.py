@@ -128,7 +128,7 @@ def budget(result: dict | None = None) -> str:
         f"{every['cells']} cells, geometric means)",
         "",
         "| | ours / LD3's | ours / the best other's | ours / the best free one's | best or within 2 %, all (8 modes, 10 modes, "
-        "spectrum, digits) | more than 2 % worse than the best free one | evaluations, median |",
+        "spectrum, digits) | more than 2 % worse than the best free one | evaluations of what is changed, median |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in ((k, v) for k, v in every.items() if k != "cells"):
@@ -416,8 +416,8 @@ def summary() -> str:
         f"{few['mixtures']:.2f} on exact mixtures, {few['images']:.2f} on image models",
         f"best or within 2 % of the best of {len(methods)} methods in {wide_best} of {count(wide)} cells of mixtures and "
         f"digits, but for LD3, which takes gradients, in {wide_but}; in {share(NARROW, 'best_or_within_2_percent')} of "
-        f"{count(NARROW)} of MNIST and Fashion-MNIST, where the fitted ones have a quarter of our evaluations; the published "
-        f"costs the best in {won}",
+        f"{count(NARROW)} of MNIST and Fashion-MNIST, where the fitted ones have a third of our evaluations or less; the "
+        f"published costs the best in {won}",
     )
     line(
         "the same in image to image, and of a flow model",
