@@ -252,7 +252,7 @@ def anomalies(result: dict | None = None) -> str:
     digits = list(dict.fromkeys(row["digit"] for row in rows))
     lines = [
         f"**A digit that was left out** (`python benchmarks/anomalies.py`, {result['date']}, 8x8 digits, AUROC of each digit "
-        f"against held-out ones of the other nine, {len({row['seed'] for row in rows})} seed of each)",
+        f"against held-out ones of the other nine, {len({row['seed'] for row in rows})} seeds of each)",
         "",
         f"| score | mean | {' | '.join(map(str, digits))} |",
         f"|---|---|{'---|' * len(digits)}",
@@ -456,7 +456,8 @@ def summary() -> str:
     line(
         "a digit that was left out, AUROC",
         f"the default energy {anomaly('energy')}, an autoencoder's error as the energy {anomaly('autoencoder, fine-tuned')}",
-        f"5 nearest neighbours {anomaly('5 nearest neighbours')}, that autoencoder before {anomaly('autoencoder')}",
+        f"5 nearest neighbours {anomaly('5 nearest neighbours')}, that autoencoder before {anomaly('autoencoder')}, the "
+        f"diffusion model's denoising error alone {anomaly('denoising error')}",
     )
     return "\n".join(lines)
 
