@@ -6,7 +6,8 @@
 Two things that can be measured on a digit stand for a taste: how far it is slanted (the shear of its ink's moments) and how
 thick it is (its mean ink), each in standard deviations of the training digits. Each is followed (i) as it is and (ii) as a
 preference learned from 300 choices between the model's own samples, of which 10 % are flipped and the close ones are ties.
-A sampler of four steps, on levels that it learns, is fine-tuned with each, at weight w = 1 (or those of --weights), and without any (w = 0).
+A sampler of four steps, on levels that it learns, is fine-tuned with each, at weight w = 1 (--weights: at others), and without
+any (w = 0).
 
 The target of weight w is the data times exp(w r), which moves the taste by itself: `ideal` is that target among the training
 digits, by importance. Quality is measured against the data, which a taste must leave, and against the target's own digits
