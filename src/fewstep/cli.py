@@ -192,12 +192,12 @@ def finetune(
         tensorboard=tensorboard,
         energy=energy,
     )
-    if processes.index > 0:
-        return
-    show_folder(folder)
-    if said := doubt(read_lines(folder / "metrics.jsonl")):
-        print(said)
-    print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
+    if processes.index == 0:
+        show_folder(folder)
+        if said := doubt(read_lines(folder / "metrics.jsonl")):
+            print(said)
+        print(f"The sampler and its energy are in {folder}; next: fewstep sample --model {folder} --out SAMPLES")
+    processes.leave()
 
 
 @app.command(sort_key=4)
