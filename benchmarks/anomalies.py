@@ -35,7 +35,7 @@ from fewstep.config import FinetuneConfig, TrainConfig
 from fewstep.data import load_data
 from fewstep.denoiser import Denoiser
 from fewstep.dxmi import make_state
-from fewstep.energy import Value
+from fewstep.energy import Value, denoising_error
 from fewstep.finetuning import finetune
 from fewstep.learn import learn_schedule
 from fewstep.metrics import auroc
@@ -49,6 +49,7 @@ TRAIN = TrainConfig(iterations=4000, sigma_min=0.2, sigma_max=10.0)
 FINETUNE = FinetuneConfig()
 STRUCTURED = FinetuneConfig(density_iterations=0, lr_value=1e-3)
 FIT = 2000  # steps of Adam for the autoencoder
+DENOISED_AT, DRAWS = 0.5, 32
 HERE = Path(__file__).parent
 
 Score = Callable[[Tensor], Tensor]  # (n, 1, 8, 8) to (n,), higher = less likely
@@ -97,15 +98,6 @@ def neighbours(data: Tensor, seed: int) -> dict[str, Score]:
     }
 
 
-def denoising_error(denoiser: Denoiser, x: Tensor, sigma: float = 0.5, draws: int = 32) -> Tensor:
-    """Mean square per pixel between x and its reconstruction from noise at sigma/alpha, over draws of the noise: (b,)."""
-    t, g = denoiser.path.time(torch.atan(torch.tensor(sigma, dtype=torch.float64))), torch.Generator().manual_seed(0)
-    a, s = float(denoiser.path.alpha(t)), float(denoiser.path.sigma(t))
-    noise = torch.randn(draws, *x.shape, generator=g)
-    found = denoiser((a * x + s * noise).flatten(0, 1), t.expand(draws * len(x)).to(x)).unflatten(0, (draws, len(x)))
-    return (found - x).square().flatten(2).mean((0, 2))
-
-
 def learned(denoiser: Denoiser, times: Tensor, data: Tensor, config: FinetuneConfig, energy: nn.Module | None = None) -> Value:
     state = make_state(denoiser, times, config, tuple(data.shape[1:]), energy)
     for _ in finetune(state, data):
@@ -138,7 +130,7 @@ def row_of(digit: int, seed: int, shrink: int) -> dict:
     for _ in train(state, normal):
         pass
     denoiser = state.averaged.module
-    judge("denoising error", lambda x: denoising_error(denoiser, x))
+    judge("denoising error", lambda x: denoising_error(denoiser, x, DENOISED_AT, DRAWS))
     g = torch.Generator().manual_seed(seed)
     times = learn_schedule(denoiser, solver="ancestral", steps=[STEPS], generator=g).times(denoiser.path, STEPS)
     value = learned(denoiser, times, normal, short(FINETUNE))

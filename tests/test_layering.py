@@ -26,7 +26,7 @@ LAYERS = [
     ["finetuning"],
     ["report"],
     ["commands"],
-    ["fit", "tune", "evaluation", "prefer"],
+    ["fit", "tune", "evaluation", "prefer", "scoring"],
     ["show"],
     ["demo"],
     ["cli"],

@@ -313,16 +313,16 @@ def test_mistakes_are_one_line(samples, tmp_path, capsys):
     assert "--pairs" in message(*common, "--pairs", 0)
     for name, x, what in [
         ("points", np.zeros((9, 2)), "the page shows images"),
-        ("bytes", np.zeros((9, 1, 8, 8), np.uint8), "rows of floats, got uint8"),
+        ("words", np.full((9, 4), "a"), "samples must be numbers, got <U1"),
         ("nan", np.full((9, 1, 8, 8), np.nan), "NaN"),
-        ("one", np.zeros((1, 1, 8, 8)), "two or more rows"),
+        ("one", np.zeros((1, 1, 8, 8)), "too many pairs: 100 of 1 samples"),
     ]:
         np.save(tmp_path / f"{name}.npy", x)
         assert what in message("--samples", tmp_path / f"{name}.npy", "--out", tmp_path / "out")
     np.savez(tmp_path / "other.npz", z=np.zeros(3))
-    assert "no key x, but z" in message("--samples", tmp_path / "other.npz", "--out", tmp_path / "out")
+    assert "holds z; the samples must be under x" in message("--samples", tmp_path / "other.npz", "--out", tmp_path / "out")
     (tmp_path / "broken.npz").write_text("PK")
-    assert "cannot be read as samples" in message("--samples", tmp_path / "broken.npz", "--out", tmp_path / "out")
+    assert "broken.npz cannot be read as an .npy or .npz array" in message("--samples", tmp_path / "broken.npz", "--out", tmp_path / "out")
     few = tmp_path / "few.jsonl"
     few.write_text("".join(choices.read_text().splitlines(True)[:19]))
     assert "too few pairs: 19" in message(*common, "--choices", few)

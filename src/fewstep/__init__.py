@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fewstep.adapters import from_diffusers, from_sigma, from_velocity
     from fewstep.config import FinetuneConfig, LearnConfig, PreferenceConfig, TrainConfig
-    from fewstep.data import load_data
+    from fewstep.data import load_data, load_samples
     from fewstep.denoiser import Denoiser, Guided, OnPath, Pretrained
     from fewstep.dxmi import FinetuneState, make_state
-    from fewstep.energy import Value
+    from fewstep.energy import Value, denoising_error, mean_energy
     from fewstep.finetuning import finetune
     from fewstep.learn import learn_schedule
     from fewstep.metrics import auroc, energy_distance, frechet_distance, sliced_wasserstein
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 _HOME = {
     "adapters": "from_diffusers from_sigma from_velocity",
     "config": "FinetuneConfig LearnConfig PreferenceConfig TrainConfig",
-    "data": "load_data",
+    "data": "load_data load_samples",
     "denoiser": "Denoiser Guided OnPath Pretrained",
     "dxmi": "FinetuneState make_state",
-    "energy": "Value",
+    "energy": "Value denoising_error mean_energy",
     "finetuning": "finetune",
     "learn": "learn_schedule",
     "metrics": "auroc energy_distance frechet_distance sliced_wasserstein",

@@ -22,6 +22,7 @@ from fewstep.config import (
     Machine,
     Positive,
     PreferenceConfig,
+    Share,
     Solver,
     Source,
     TrainConfig,
@@ -288,6 +289,42 @@ def evaluate(
 
 
 @app.command(sort_key=6)
+def score(
+    *,
+    model: Annotated[str, Parameter(help="A folder of `fewstep finetune`, or as for `schedule`.")],
+    source: Annotated[Source, Flat],
+    samples: Annotated[
+        list[str],
+        Parameter(
+            help="What to score: a folder of images or of `fewstep sample`, or an .npz (key x) or .npy; may be repeated."
+        ),
+    ],
+    out: Out,
+    sigma: Annotated[
+        Positive | None, Parameter(help="The level, as sigma/alpha, of a model's denoising error; 0.5 if not given.")
+    ] = None,
+    draws: Annotated[Count, Parameter(help="Draws of noise that a score is the mean of, each an evaluation.")] = 16,
+    false_alarms: Annotated[Share, Parameter(help="Share of the held-out data that is flagged.")] = 0.05,
+    machine: Annotated[Machine, Flat] = Machine(),
+) -> None:
+    """Say which samples are strange, to a model that has learned the normal ones of --data.
+
+    A folder of `fewstep finetune` scores with its energy, any other model with its denoising error: noise a sample, denoise
+    it, and see how far off it is. Try the second first: it needs no fine-tuning, and on digits it tells more
+    (docs/results.md). The scores, higher = stranger, are held against those of the data's held-out part, and lie in
+    scores.npz, one array for each --samples in its order.
+    """
+    device = _on(machine)
+    from fewstep import scoring
+    from fewstep.show import show as show_folder
+
+    folder, rows = scoring.score(model, source, samples, out, sigma, draws, false_alarms, device, track)
+    show_folder(folder)
+    _print_table(scoring.table_of(rows))
+    print(f"{folder / scoring.SCORES} and {folder / 'report.html'}")
+
+
+@app.command(sort_key=7)
 def prefer(
     *,
     samples: Annotated[str, Parameter(help="A folder of `fewstep sample`, or an .npz (key x) or .npy file of samples.")],
@@ -324,7 +361,7 @@ def prefer(
     print(f"The reward is in {folder}; next: fewstep finetune --reward {folder} ..")
 
 
-@app.command(sort_key=7)
+@app.command(sort_key=8)
 def export(
     *,
     schedule: Annotated[str, Parameter(help="A schedule file, or a folder of `fewstep schedule`.")],
@@ -357,7 +394,7 @@ def export(
         print(out)
 
 
-@app.command(sort_key=8)
+@app.command(sort_key=9)
 def show(folder: Annotated[File, Parameter(help="A run folder.")]) -> None:
     """Print what a run folder holds, and make its page report.html."""
     from fewstep.show import show as show_folder

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep import __version__, models, report
 from fewstep.config import Source, TrainConfig
-from fewstep.data import Data, count_classes, load_data
+from fewstep.data import SAMPLES, Data, count_classes, load_data
 from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.endpoint import deal, ignore
 from fewstep.run import (
@@ -38,7 +38,7 @@ from fewstep.training import train as train_loop
 
 Track = Callable[[Iterable, int, str], Iterable]
 Meter = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
-SCHEDULE, SAMPLES = "schedule.json", "samples.npz"
+SCHEDULE = "schedule.json"
 
 
 def silent(loop: Iterable, total: int, title: str) -> Iterable:

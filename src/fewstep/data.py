@@ -20,6 +20,7 @@ from torch import Tensor
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile)
 HELD_OUT = 6  # one in six of a data set that has no test part of its own
+SAMPLES = "samples.npz"  # of a folder of `fewstep sample`
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,40 @@ def load_data(name: str, folder: str | File | None = None, size: int | None = No
     x, y, x_test, y_test = labelled
     data = Data(name, _resized(_floats(x), size), _resized(_floats(x_test), size), _labels(y), _labels(y_test))
     for part in (data.train, data.test):
-        bad = ~torch.isfinite(part.flatten(1)).all(1)
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
-            raise ValueError(
-                f"{name}: {int(bad.sum())} of {len(part)} samples hold NaN or infinity (the first in row {first} of its part); "
-                "remove or repair them"
-            )
+        _require_finite(part, name, " of its part")
     if len(data.train) < 10 or len(data.test) < 2:
         raise ValueError(f"{name}: too few samples, {len(data.train)} + {len(data.test)}; at least 12 are needed")
     return data
+
+
+def load_samples(name: str, size: int | None = None) -> Tensor:
+    """Samples (n, *d), float32, in their order: of a folder of `fewstep sample`, a folder of images, or an .npz or .npy file.
+
+    size: as for `load_data`. Raises ValueError for what cannot be read as samples, and for values that are not finite.
+    """
+    file = File(name)
+    if file.is_dir() and (file / SAMPLES).exists():
+        file = file / SAMPLES
+    if not file.exists():
+        raise ValueError(
+            f"no samples {name!r}: give a folder of `fewstep sample`, a folder of images, or an .npz (key x) or .npy file"
+        )
+    found, _ = _image_folder(file, size) if file.is_dir() else _array_file(file)
+    if found.ndim < 2 or not len(found):
+        raise ValueError(f"{file}: samples are rows of numbers (n, ..), got shape {found.shape}")
+    x = _resized(_floats(found), size)
+    _require_finite(x, name)
+    return x
+
+
+def _require_finite(x: Tensor, name: str, where: str = "") -> None:
+    bad = ~torch.isfinite(x.flatten(1)).all(1)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: {int(bad.sum())} of {len(x)} samples hold NaN or infinity (the first in row {first}{where}); "
+            "remove or repair them"
+        )
 
 
 def count_classes(labels: Tensor) -> int:
@@ -193,7 +218,8 @@ def _array_file(file: File) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         loaded = np.load(file, allow_pickle=False)
     except UNREADABLE as error:
-        raise ValueError(f"{file} cannot be read as an .npy or .npz array: {error}") from error
+        fault = f"{error}".partition(". If you trust")[0]  # numpy proposes pickle
+        raise ValueError(f"{file} cannot be read as an .npy or .npz array: {fault}") from error
     if isinstance(loaded, np.ndarray):
         return loaded, None
     for key in ("x", "X", "images", "data"):

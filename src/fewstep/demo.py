@@ -16,6 +16,7 @@ import torch
 
 from fewstep import commands, evaluation, models, report
 from fewstep.config import FinetuneConfig, LearnConfig, Solver, Source, TrainConfig
+from fewstep.energy import mean_energy
 from fewstep.fit import fit
 from fewstep.metrics import auroc
 from fewstep.run import open_run, write_json
@@ -79,7 +80,7 @@ def pictures(out: File, seed: int) -> dict[str, Any]:
 
     noise = torch.rand(len(data.test), *data.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     kinds = {"held-out digits": data.test, "generated digits": sets[f"fine-tuned, {STEPS}"], "uniform noise": noise}
-    energies = evaluation.energies(value, kinds, float(sampler.last_std), seed)
+    energies = {name: mean_energy(value, x, float(sampler.last_std)) for name, x in kinds.items()}
     reference = energies["held-out digits"]
     aurocs = {name: auroc(reference, e) for name, e in energies.items() if name != "held-out digits"}
     report.energy_figure(out / "energy.png", energies, aurocs)

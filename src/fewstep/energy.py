@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
-from fewstep.denoiser import Cond
+from fewstep.denoiser import Cond, Denoiser
 from fewstep.networks import scalar_net
 from fewstep.sampler import Sampler
 
@@ -185,6 +185,31 @@ def density_loss(
             "score_loss": ((sigma * gradient - eps) ** 2).mean(),
             "contrast_loss": nn.functional.softplus(here - there).mean(),
         }
+
+
+@torch.no_grad()
+def mean_energy(value: Value, x: Tensor, std: float, draws: int = 16) -> Tensor:
+    """The mean of E over draws of noise with the standard deviation that the sampler's last step leaves, as the energy has seen
+    all it knows: samples x (b, *d) to (b,). The draws are the same for every x. Where the value takes classes, of the class
+    whose energy is lowest."""
+    g = torch.Generator().manual_seed(0)
+    noise = std * torch.randn(draws, *x.shape[1:], generator=g).to(x)
+    told: list[Cond] = [None]
+    if value.classes:
+        told = [{"class_labels": torch.full((len(x),), k, device=x.device)} for k in range(value.classes)]
+    of_class = [torch.stack([value.energy(x + each, cond) for each in noise]).mean(0) for cond in told]
+    return torch.stack(of_class).amin(0)
+
+
+@torch.no_grad()
+def denoising_error(denoiser: Denoiser, x: Tensor, sigma: float = 0.5, draws: int = 16) -> Tensor:
+    """What a diffusion model alone says: the mean square, per dimension, between samples x (b, *d) and what it makes of them
+    noised to sigma/alpha, over draws of noise that are the same for every x: (b,). draws evaluations of each."""
+    path, g = denoiser.path, torch.Generator().manual_seed(0)
+    t = path.time(torch.atan(torch.tensor(sigma, dtype=torch.float64)))
+    noise = float(path.sigma(t)) * torch.randn(draws, *x.shape[1:], generator=g).to(x)
+    scaled = float(path.alpha(t)) * x
+    return torch.stack([(denoiser(scaled + each, t) - x).square().flatten(1).mean(1) for each in noise]).mean(0)
 
 
 def joined(parts: list[Cond]) -> Cond:

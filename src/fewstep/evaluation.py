@@ -29,7 +29,6 @@ from fewstep.commands import (
 from fewstep.config import Source
 from fewstep.data import Data
 from fewstep.denoiser import Denoiser
-from fewstep.energy import Value
 from fewstep.metrics import energy_distance, frechet_distance, precision_recall, sliced_wasserstein
 from fewstep.run import fingerprint, open_run, read_lines, write_json, write_lines
 from fewstep.sampler import Sampler, in_steps
@@ -178,11 +177,3 @@ def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
         for (evaluations, method), group in sorted(groups.items())
     ]
     return [["method", "evaluations", *columns.values(), "seeds"], *body]
-
-
-def energies(value: Value, sets: dict[str, Tensor], smoothing: float, seed: int = 0) -> dict[str, Tensor]:
-    """The energy of each set, smoothed with the noise of the sampler's last step, as the energy has seen all it knows."""
-    device, g = next(value.parameters()).device, torch.Generator().manual_seed(seed)
-    smoothed = {name: x + smoothing * torch.randn(x.shape, generator=g) for name, x in sets.items()}
-    with torch.no_grad():
-        return {name: value.energy(x.to(device)).cpu() for name, x in smoothed.items()}

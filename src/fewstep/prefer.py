@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep import models, report
-from fewstep.commands import SAMPLES, Track, silent
+from fewstep.commands import Track, silent
 from fewstep.config import PreferenceConfig
-from fewstep.data import UNREADABLE
+from fewstep.data import load_samples
 from fewstep.preference import CHOICES, learn_preference
 from fewstep.run import fingerprint, open_run, require_free, write_json, write_lines
 
@@ -93,27 +93,6 @@ def sentences(known: dict[str, Any]) -> list[str]:
     if known["log_loss"] >= math.log(2):
         lines.append("That is no better than a coin: the reward is not worth following. Make more choices, or look at them.")
     return lines
-
-
-def load_samples(name: str) -> Tensor:
-    """Samples (n, *d), float32, of a folder of `fewstep sample` or a file."""
-    file = File(name) / SAMPLES if File(name).is_dir() else File(name)
-    if not file.is_file():
-        raise ValueError(f"no samples {name!r}: give a folder of `fewstep sample`, or an .npz (key x) or .npy file")
-    try:
-        found = np.load(file, allow_pickle=False)
-        if not isinstance(found, np.ndarray):
-            if "x" not in found:
-                raise ValueError(f"it has no key x, but {', '.join(found.files) or 'nothing'}")
-            found = found["x"]
-    except UNREADABLE as error:
-        raise ValueError(f"{file} cannot be read as samples: {error}") from error
-    if found.dtype.kind != "f" or found.ndim < 2 or len(found) < 2:
-        raise ValueError(f"{file}: samples are two or more rows of floats, got {found.dtype} of shape {found.shape}")
-    x = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{file} holds NaN or infinity; remove those samples")
-    return x
 
 
 def read_choices(file: File, count: int) -> tuple[Tensor, Tensor]:

@@ -129,15 +129,19 @@ def quality_figure(file: File, rows: list[dict[str, Any]], metric: str, label: s
     _save(figure, file)
 
 
-def energy_figure(file: File, energies: dict[str, Tensor], aurocs: dict[str, float]) -> None:
-    """Histograms of the energy on several kinds of samples; the first is the reference."""
+def energy_figure(
+    file: File, energies: dict[str, Tensor], aurocs: dict[str, float], label: str = "energy", threshold: float | None = None
+) -> None:
+    """Histograms of the energy, or another score, on several kinds of samples; the first is the reference."""
     figure, axis = plt.subplots(figsize=(5.6, 3.0))
     everything = torch.cat(list(energies.values())).cpu()
     bins = np.linspace(float(everything.quantile(0.002)), float(everything.quantile(0.998)), 60).tolist()
     for name, energy in energies.items():
-        label = name if name not in aurocs else f"{name} (AUROC {aurocs[name]:.3f})"
-        axis.hist(energy.cpu().numpy(), bins, density=True, alpha=0.55, label=label)
-    axis.set(xlabel="energy (low = plausible)", ylabel="density")
+        known = name if name not in aurocs else f"{name} (AUROC {aurocs[name]:.3f})"
+        axis.hist(energy.cpu().numpy(), bins, density=True, alpha=0.55, label=known)
+    if threshold is not None:
+        axis.axvline(threshold, color="0.3", lw=1, ls=":", label="flagged above")
+    axis.set(xlabel=f"{label} (low = plausible)", ylabel="density")
     axis.legend(frameon=False, fontsize=8)
     _save(figure, file)
 

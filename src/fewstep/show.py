@@ -15,6 +15,8 @@ from fewstep.models import PREFERENCE
 from fewstep.prefer import read_known
 from fewstep.run import read_config, read_lines
 from fewstep.schedule import Schedule
+from fewstep.scoring import TABLE, read_table
+from fewstep.scoring import table_of as scores_table
 from fewstep.verdict import sentences
 
 
@@ -40,8 +42,15 @@ def show(folder: File) -> tuple[list[list[str]], File]:
             text = f"{text} {said}"
         sections.append(report.section("Metrics", text, folder / "metrics.png"))
     pictures = {"schedule": "curve.png", "sample": "samples.png", "evaluate": "quality.png", "prefer": "preference.png"}
+    pictures |= {"score": "scores.png"}
     if (name := pictures.get(run["command"])) and (folder / name).exists():
         sections.append(report.section(run["command"].capitalize(), "", folder / name))
+    if (folder / TABLE).exists():
+        known = read_table(folder)
+        table = scores_table(known["rows"])
+        text = f"Score: {known['score']}, higher = stranger; flagged above {known['threshold']:.4g}."
+        strangest = folder / "strangest.png"
+        sections.append(report.section("Strangest", text, strangest if strangest.exists() else None, table))
     if (folder / PREFERENCE).exists():
         table += [[k, f"{v:.5g}" if isinstance(v, float) else f"{v}"] for k, v in read_known(folder).items()]
     if (folder / SCHEDULE).exists():
