@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fewstep import cli, finetuning, tune
 from fewstep.endpoint import Runs, mean_square, reference
+from fewstep.free import dmn
 from fewstep.mixture import ring
 from fewstep.models import load_denoiser, load_sampler
 from fewstep.schedule import Schedule, karras
@@ -100,6 +101,49 @@ def test_fine_tuning_learns_its_levels_where_none_are_given_and_goes_on_with_the
     monkeypatch.setattr(tune, "tailor", None)
     fewstep(*run)
     assert "learned_levels was True" in fewstep(*run, "--schedule", "karras", expect=2, capsys=capsys)
+
+
+def test_dmn_is_a_schedule_by_its_name(trained, tmp_path):
+    model = load_denoiser(str(trained / "model"))
+    fewstep("sample", "--model", trained / "model", "--schedule", "dmn", "--steps", 6, "--count", 8, "--out", tmp_path / "a")
+    times = json.loads((tmp_path / "a" / "config.json").read_text())["config"]["times"]
+    sigmas = torch.tan(model.path.angle(torch.tensor(times, dtype=torch.float64)))
+    torch.testing.assert_close(sigmas, dmn(model.path.sigma_min, model.path.sigma_max, 6))
+    run = ("evaluate", "--model", trained / "model", "--data", trained / "points.npy", "--out", tmp_path / "e")
+    fewstep(*run, "--schedule", "dmn", "--schedule", "karras", "--steps", 2, "--steps", 4, "--count", 50, "--seeds", 1)
+    rows = [json.loads(line) for line in (tmp_path / "e" / "evaluation.jsonl").read_text().splitlines()]
+    assert {(row["method"], row["steps"]) for row in rows} == {(f"{m}, euler", n) for m in ("dmn", "karras") for n in (2, 4)}
+
+
+FLOW = """
+import torch
+from fewstep import from_velocity
+
+class Velocity(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t):  # of data N(0, 4), exactly, at scale 1
+        a, t = 4 * self.scale, t[:, None]
+        return (t - (1 - t) * a) / ((1 - t) ** 2 * a + t**2) * x
+
+def velocity():
+    return from_velocity(Velocity(), sigma_min=0.05, sigma_max=20.0, shape=(2,))
+"""
+
+
+def test_a_flow_model_is_fine_tuned_from_below_pure_noise(tmp_path):
+    (tmp_path / "flow.py").write_text(FLOW)
+    np.save(tmp_path / "points.npy", 2 * torch.randn(600, 2, generator=torch.Generator().manual_seed(0)).numpy())
+    run = ("finetune", "--model", f"{tmp_path}/flow.py:velocity", "--data", tmp_path / "points.npy", "--steps", 3)
+    fewstep(*run, "--iterations", 4, "--density-iterations", 4, "--batch-size", 32, "--out", tmp_path / "f")
+    sampler, _ = load_sampler(tmp_path / "f")
+    assert float(sampler.times[0]) < 20 / 21 + 1e-6  # sigma/alpha = 20 at most, where the path goes on to infinity
+    x = sampler.sample(sampler.start(4000, (2,), torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2))
+    torch.testing.assert_close(x.std(0), torch.full((2,), 2.0), rtol=0.1, atol=0)
+    fewstep("sample", "--model", tmp_path / "f", "--count", 8, "--out", tmp_path / "s")
+    assert np.isfinite(np.load(tmp_path / "s" / "samples.npz")["x"]).all()
 
 
 @pytest.fixture(scope="module")
@@ -556,6 +600,8 @@ def bad_inputs(root, tmp):
         "an energy that is a number": ((*finetune, "--energy", f"{tmp}/mine.py:five"), "nn.Module"),
         "an energy that wants samples": ((*finetune, "--energy", f"{tmp}/mine.py:taste"), "takes no arguments"),
         "no such device": ((*train, points, "--device", "tpu9"), "tpu9"),
+        "a folder inside of a file": ((*sample[:3], "--out", tmp / "flat.json" / "f"), "flat.json is no folder"),
+        "DMN in one step": ((*sample, "--schedule", "dmn", "--steps", 1), "2 or more"),
         "show of no run": (("show", tmp / "nowhere"), "not a run folder"),
     }  # fmt: skip
 

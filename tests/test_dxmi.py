@@ -465,9 +465,10 @@ def test_a_reward_tilts_the_data_and_the_energy():
     [
         (lambda x: x, 1.0, r"\(b,\); got shape"),
         (lambda x: x[:, 0] / 0, 1.0, "one finite number"),
+        (torch.linalg.inv, 1.0, r"the reward linalg_inv failed on data \(b, 2\): .*square"),
         (lambda x: x[:, 0], 1e4, "leaves 1.0 of 500 data in effect; lower the weight"),
     ],
-    ids=["shape", "not finite", "too heavy"],
+    ids=["shape", "not finite", "failing", "too heavy"],
 )
 def test_a_reward_that_cannot_be_used_is_refused(reward, weight, message):
     with pytest.raises(ValueError, match=message):

@@ -322,7 +322,9 @@ def test_mistakes_are_one_line(samples, tmp_path, capsys):
     np.savez(tmp_path / "other.npz", z=np.zeros(3))
     assert "holds z; the samples must be under x" in message("--samples", tmp_path / "other.npz", "--out", tmp_path / "out")
     (tmp_path / "broken.npz").write_text("PK")
-    assert "broken.npz cannot be read as an .npy or .npz array" in message("--samples", tmp_path / "broken.npz", "--out", tmp_path / "out")
+    assert "broken.npz cannot be read as an .npy or .npz array" in message(
+        "--samples", tmp_path / "broken.npz", "--out", tmp_path / "out"
+    )
     few = tmp_path / "few.jsonl"
     few.write_text("".join(choices.read_text().splitlines(True)[:19]))
     assert "too few pairs: 19" in message(*common, "--choices", few)

@@ -39,7 +39,9 @@ Out = Annotated[File, Parameter(help="The run folder to make, or to continue.")]
 TensorBoard = Annotated[bool, Parameter(help="Log to OUT/tensorboard as well.", negative=())]
 ScheduleName = Annotated[
     str,
-    Parameter(help="karras, log_linear, kl_optimal, linear, cosine, beta, a schedule file, or a folder of `fewstep schedule`."),
+    Parameter(
+        help="karras, log_linear, kl_optimal, linear, cosine, beta, dmn, a schedule file, or a folder of `fewstep schedule`."
+    ),
 ]
 
 app = App(

@@ -22,6 +22,7 @@ from fewstep.config import Source, TrainConfig
 from fewstep.data import SAMPLES, Data, count_classes, load_data
 from fewstep.denoiser import Denoiser, Guided, shape_of
 from fewstep.endpoint import deal, ignore
+from fewstep.free import free_schedules
 from fewstep.run import (
     fingerprint,
     open_run,
@@ -109,12 +110,20 @@ def baselines(like: Schedule) -> dict[str, Schedule]:
     return {"karras": NAMED["karras"](*ends), "log-linear": NAMED["log_linear"](*ends)}
 
 
-def find_schedule(name: str, denoiser: Denoiser) -> Schedule:
-    """A named schedule over the model's range of levels, a schedule file, or a folder of `fewstep schedule`, from noise on."""
+def find_schedule(name: str, denoiser: Denoiser, steps: Sequence[int] = ()) -> Schedule:
+    """A named schedule over the model's range of levels, a schedule file, or a folder of `fewstep schedule`, from noise on.
+
+    steps: the numbers of steps that "dmn", which is no curve, has grids for.
+    """
+    low, high = denoiser.path.sigma_min, denoiser.path.sigma_max
     if name.replace("-", "_") in NAMED:
-        return NAMED[name.replace("-", "_")](denoiser.path.sigma_min, denoiser.path.sigma_max)
+        return NAMED[name.replace("-", "_")](low, high)
+    if name == "dmn":
+        if not steps or min(steps) < 2:
+            raise ValueError("dmn's levels are for a number of steps, 2 or more: one step leaves nothing to choose")
+        return free_schedules(low, high, steps)[name]
     if not File(name).exists():
-        names = ", ".join(NAMED)
+        names = ", ".join([*NAMED, "dmn"])
         raise ValueError(f"no schedule {name!r}: give one of {names}, a schedule file, or a folder of `fewstep schedule`")
     found = read_schedule(name)
     if (start := found.provenance.get("start")) is not None:
@@ -247,7 +256,7 @@ def sample(
         times, form, solver = chosen.times.cpu(), shape_of(chosen.denoiser, shape), ""
     else:
         chosen = models.load_denoiser(model, device)
-        found = find_schedule(schedule_name or "karras", chosen)
+        found = find_schedule(schedule_name or "karras", chosen, [steps or 10])
         times, solver = found.times(chosen.path, steps or 10), solver or solvers_of([found])[0]
         form = shape_of(chosen, shape)
     denoiser = chosen.denoiser if isinstance(chosen, Sampler) else chosen

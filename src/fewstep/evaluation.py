@@ -106,7 +106,8 @@ def evaluate(
             if told is None:
                 raise ValueError(f"{source.data} has no labels to guide towards, so leave --guidance out")
             denoiser = guided(denoiser, guidance)
-        chosen_schedules = {label: find_schedule(name, denoiser) for label, name in labels_of(schedules, "learned").items()}
+        names = labels_of(schedules, "learned")
+        chosen_schedules = {label: find_schedule(name, denoiser, steps) for label, name in names.items()}
         solvers = list(solvers) or solvers_of(chosen_schedules.values())
         for label, found in chosen_schedules.items():
             grids = [found.times(denoiser.path, n) for n in dict.fromkeys(steps)]
@@ -152,7 +153,7 @@ def told_labels(name: str, denoiser: Denoiser, data: Data) -> Told:
 
 def labels_of(names: Sequence[str], kind: str) -> dict[str, str]:
     """label -> name: a named schedule by its name, a file or folder by its kind, with its own name where there are several."""
-    named = {name: name.replace("_", "-") for name in names if name.replace("-", "_") in NAMED}
+    named = {name: name.replace("_", "-") for name in names if name.replace("-", "_") in {*NAMED, "dmn"}}
     files = [name for name in names if name not in named]
     labels = named | {name: kind if len(files) == 1 else f"{kind} {File(name).stem}" for name in files}
     if len({*labels.values()}) < len(names):

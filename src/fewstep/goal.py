@@ -32,11 +32,15 @@ class Goal(NamedTuple):
 
 
 def make_goal(data: Tensor, labels: Tensor | None = None, reward: Reward | None = None, weight: float = 1.0) -> Goal:
-    """Raises ValueError where the reward is not one finite number per sample, or leaves hardly any data to learn from."""
+    """Raises ValueError where the reward fails, is not one finite number per sample, or leaves hardly any data to learn from."""
     if reward is None:
         return Goal(data, labels)
-    with torch.no_grad():
-        each = torch.cat([reward(part).detach().double().cpu() for part in data.split(500)])
+    try:
+        with torch.no_grad():
+            each = torch.cat([reward(part).detach().double().cpu() for part in data.split(500)])
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        name = getattr(reward, "__name__", type(reward).__name__)
+        raise ValueError(f"the reward {name} failed on data (b, {', '.join(map(str, data.shape[1:]))}): {error}") from error
     if each.shape != (len(data),) or not bool(torch.isfinite(each).all()):
         raise ValueError(f"a reward returns one finite number per sample, (b,); got shape {tuple(each.shape)} for {len(data)}")
     shares = torch.softmax(weight * each, 0)

@@ -107,8 +107,8 @@ def require_free(folder: str | File, command: str, config: dict[str, Any], defau
 def require_place(folder: File, command: str) -> dict[str, Any] | None:
     """The configuration of this command's folder, None of nobody's yet. Changes nothing.
 
-    Raises ValueError where it is another command's, or no run folder; for commands that have work to do before they know all of
-    their configuration.
+    Raises ValueError where it is another command's, no run folder, or cannot be made; for commands that have work to do before
+    they know all of their configuration.
     """
     if (folder / "config.json").exists():
         found = read_config(folder)
@@ -117,6 +117,9 @@ def require_place(folder: File, command: str) -> dict[str, Any] | None:
         return found["config"]
     if folder.exists() and (not folder.is_dir() or any(file.suffix != ".part" for file in folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a run folder of fewstep; give another --out")
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{folder} cannot be made: {place} is no folder that can be written to; give another --out")
     return None
 
 

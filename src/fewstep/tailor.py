@@ -109,9 +109,10 @@ def shares(solver: str, noises: int, budget: int, spent: int) -> tuple[int, int]
         raise ValueError(f"{noises} noises are too few to fit a curve; want at least {4 * AT_LEAST}")
     if min(judged, moved) < AT_LEAST:
         least = math.ceil(AT_LEAST * max(each / 0.6, each + moving)) + AT_LEAST
+        fewer = ", or fewer noises" if held > AT_LEAST else ""
         raise ValueError(
             f"{budget} evaluations are too few to fit a curve, of which the reference and the entropy take {spent}: "
-            f"want about {spent + least}, or fewer noises"
+            f"want about {spent + least}{fewer}"
         )
     return judged, moved
 

@@ -87,7 +87,7 @@ def finetune(
     if learned:
         schedule = levels_for(denoiser, steps, out, data.shape, labels, config, device, meter)
     else:
-        schedule = find_schedule(schedule_name, denoiser)
+        schedule = find_schedule(schedule_name, denoiser, [steps])
     times = processes.same(schedule.times(denoiser.path, steps))
     state = make_state(denoiser, times, config, data.shape, structured)
     settings = model_settings(model, denoiser, out) | {"times": times.tolist(), "shape": list(data.shape)}
