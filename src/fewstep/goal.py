@@ -32,7 +32,7 @@ class Goal(NamedTuple):
 
 
 def make_goal(data: Tensor, labels: Tensor | None = None, reward: Reward | None = None, weight: float = 1.0) -> Goal:
-    """Raises ValueError where the reward fails, is not one finite number per sample, or leaves hardly any data to learn from."""
+    """Raises ValueError where the reward fails, is not one finite number per sample, or leaves hardly any data to learn."""
     if reward is None:
         return Goal(data, labels)
     try:
