@@ -81,7 +81,6 @@ TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
     DEFAULT: (4, {}),
     **{name: (4, {}) for name in LEVELS},
     "the density's score": (4, {"score": "density"}),
-    "one transition of each rollout": (4, {"transitions": "one"}),
     "no trust region": (4, FREE),
     "tau 0": (4, {"tau": 0.0}),
     "published objective, a value per step": (4, PUBLISHED),

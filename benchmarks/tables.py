@@ -329,13 +329,12 @@ def iterations(result: dict | None = None) -> str:
         f"**An iteration of fine-tuning** (`python benchmarks/iterations.py --mnist`, {result['date']}, CPU milliseconds, the "
         f"median of {result['rounds']} rounds; in brackets the range of the rounds' ratios)",
         "",
-        "| model | steps | batch | published | fewstep | `--transitions one` | published / fewstep | published / `one` |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | steps | batch | published | fewstep | published / fewstep |",
+        "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        times = [f"{row['ms'][name]:.0f}" for name in ("published", "all", "one")]
-        ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*row[f"published_over_{name}"]) for name in ("all", "one")]
-        cells = (row["model"], row["steps"], row["batch_size"], *times, *ratios)
+        times = [f"{row['ms'][name]:.0f}" for name in ("published", "fewstep")]
+        cells = (row["model"], row["steps"], row["batch_size"], *times, "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]))
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
 

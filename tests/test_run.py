@@ -101,12 +101,12 @@ def states():
 def test_a_loop_that_stops_between_saves_repeats_exactly_what_was_lost(kind, tmp_path):
     make, loop = states()[kind]
     logs = []
-    for stops in ((), (47, 71)):
+    for stops in ((), (57, 71)):
         folder = run.open_run(tmp_path / f"{kind}{len(stops)}", kind, {})
         for stop in (*stops, None):
             state = make()
             run.resume(folder, state)
-            for _ in run.record(folder, state, loop(state), log_every=10, save_every=20):
+            for _ in run.record(folder, state, loop(state), log_every=10, save_every=50):
                 if state.step == stop:
                     break
         logs.append((run.read_lines(folder / "metrics.jsonl"), run.load_tree(folder / run.CHECKPOINT)))

@@ -153,8 +153,8 @@ class Condition:
 class FinetuneConfig:
     """How a few-step sampler and its energy are learned together (DxMI). Costs are means per dimension, in nats."""
 
-    iterations: Count = 2000
-    """Iterations: each one rollout, `critic_steps` of the value and energy, one step of the sampler."""
+    iterations: Count = 4000
+    """Iterations: `critic_steps` of the value and energy and one step of the sampler, on one transition of each rollout."""
     density_iterations: Annotated[int, Field(ge=0)] = 1500
     """Iterations before these, in which the density of the data is learned, which the energy then starts from and is held
     to; 0 is the published method, whose energy starts from nothing and is held to 0."""
@@ -170,11 +170,8 @@ class FinetuneConfig:
     lr_value: Positive = 1e-4
     """Adam's rate for the correction of value and energy; above this it learns small data by heart (docs/log.md)."""
     critic_steps: Count = 1
-    """Steps of value and energy on each batch of rollouts, with fresh data each. More of them steady the classes of some short
+    """Steps of value and energy per iteration, with fresh data each. More of them steady the classes of some short
     runs; small data are learned by heart (docs/log.md)."""
-    transitions: Literal["all", "one"] = "all"
-    """Of each rollout, what sampler and value learn from in an iteration: all of its transitions, or one, in turn. The paper's
-    sampler takes one. The iteration is cheaper, most so of many steps, and the gradients noisier (docs/log.md)."""
     lr_density: Positive = 2e-3
     """Adam's rate for the density; it falls to 0 along a cosine."""
     tau: NotNegative | None = None
@@ -194,7 +191,7 @@ class FinetuneConfig:
     rollouts start at the Gaussian of the data, farther from them than the path's noising leads: there it is 0.99."""
     momentum: Decay = 0.0
     """Adam's first moment decay, of sampler and value; above 0 the two players overshoot each other."""
-    ema: Decay = 0.995
+    ema: Decay = 0.999
     """Decay of the averaged sampler and value, which are the ones that are used."""
     clip: Positive = 1.0
     """Largest norm of the gradient of the sampler's network."""

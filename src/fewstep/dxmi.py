@@ -5,10 +5,11 @@
 solved by dynamic programming (DxDP) along the sampler's own rollouts x_0 .. x_N, noise to data: no teacher, no
 back-propagation through the chain, no MCMC. V(x, i) = tau A(x, i) + C(x, i), the last slice being the energy (energy.py).
 
-First A, from the data alone (`density_loss`). Then, per iteration, on one batch of fresh rollouts:
+First A, from the data alone (`density_loss`). Then, per iteration, on fresh data and one transition of each of a batch of
+rollouts, another in each of N iterations; then the batch is rolled out anew:
 
     energy   mean C(data, N) - mean C(x_N, N) + gamma (mean C(data, N)^2 + mean C(x_N, N)^2)
-    value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        for all i at once (config.transitions)
+    value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        i another one of each rollout, all i in a batch
     sampler  V(x'_{i+1}, i+1) + c_i,  x'_{i+1} redrawn from the policy, gradient through one transition only
     c_i    = tau ( -log std_i + |x_i - k_i x_{i+1}|^2 / (2 s_i^2) )     running cost, mean per dimension
 
@@ -48,6 +49,7 @@ from fewstep.sampler import Sampler, Transition, posterior_std, start_where_data
 from fewstep.training import averaged
 
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
+LOOK_EVERY = 50  # iterations; runs are saved, looked at and taken back at multiples, where no rollout is left over
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
 VELOCITY_DECAY = 0.99
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
@@ -62,8 +64,10 @@ class FinetuneState:
     that the trust region leaves. best: what is `kept` of the state with the least `held_out_sw`, where data are held out, and
     its measures. model: a copy of the pretrained denoiser where its score is followed, else None; alpha, sigma and model_times
     (N+1,): the levels of the states before each step, and its time for them; knows_last: whether it is any good at the last one
-    (`model_denoises`).
+    (`model_denoises`). rollouts: states (N+1, b, *d) that transitions are taken from, and their condition; not saved.
     """
+
+    rollouts: tuple[Tensor, Cond] | None
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig, model: Denoiser | None = None):
         if value.steps != sampler.steps:
@@ -93,6 +97,7 @@ class FinetuneState:
         self.step, self.rate, self.pace = 0, 1.0, FIRST_PACE
         self.rolled_back = self.fallen = 0
         self.best: dict[str, Any] = {}
+        self.rollouts = None
         self.first_std = sampler.std().detach()[:-1].clone()
         self.first_spread = 0.0  # of the first samples, in the data's standard deviations; a start may be far off
 
@@ -143,7 +148,7 @@ class FinetuneState:
         for name, part in self._parts.items():
             part.load_state_dict(learned[name])
         self.back_variance = learned["back_variance"].to(self.back_variance).clone()
-        self.pace = learned["pace"]
+        self.pace, self.rollouts = learned["pace"], None
 
     def kept(self) -> dict[str, Any]:
         """What `best` holds: the averaged sampler and value, and what goes with them."""
@@ -159,7 +164,7 @@ class FinetuneState:
         self.back_variance = self.best.get("back_variance", self.back_variance).to(self.back_variance).clone()
         for optimiser in (self.sampler_optimiser, self.value_optimiser):
             optimiser.state.clear()
-        self.pace = min(self.pace, FIRST_PACE)
+        self.pace, self.rollouts = min(self.pace, FIRST_PACE), None
 
     def state_dict(self) -> dict[str, Any]:
         own = {"generator": self.generator.get_state(), "step": self.step, "rate": self.rate}
@@ -240,16 +245,15 @@ def value_step(
 ) -> dict[str, float]:
     """A step of energy and value together on each batch of data (b, *d) and on rollouts (N+1, b, *d), which stay the same.
 
-    i: (k, b), the k steps of each rollout whose transitions the value learns from. Returns the metrics of the first batch, of
-    rollouts that are new to the energy, and the largest norm of the gradient, or one that is not finite.
+    i: (b,), the step of each rollout whose transition the value learns from. Returns the metrics of the first batch, and the
+    largest norm of the gradient, or one that is not finite.
     """
     value, steps, b = state.value, state.sampler.steps, states.shape[1]
     rows = torch.arange(b, device=states.device)
-    now, last = (i * b + rows).flatten(), steps * b + rows  # of the states one after another, ((N+1) b, *d)
+    now, last = i * b + rows, steps * b + rows  # of the states one after another, ((N+1) b, *d)
     needed, index = torch.cat([now, now + b, last]).unique(return_inverse=True)
-    now, later, last = index.tensor_split((len(now), 2 * len(now)))
+    now, later, last = index.chunk(3)
     x, j, own = states.flatten(0, 1)[needed], needed // b, chosen(cond, needed % b)
-    i = i.flatten()
     with torch.no_grad():
         costs = running_cost(state, i, x[now], x[later], state.sampler.std()[i])
         if value.shared:
@@ -429,60 +433,54 @@ def model_denoises(state: FinetuneState, data: Tensor, noise: Tensor, cond: Cond
     return float((x0 - data).square().mean()) < r**2
 
 
-def roll_out(sampler: Sampler, start: Tensor, noise: Tensor, cond: Cond, learning: bool) -> tuple[Tensor, Transition]:
-    """All states from start (b, *d) by noise (N, b, *d): (N+1, b, *d); and the laws of their N b transitions, one step after
-    the other, with gradients to the sampler's weights if it is `learning`, never through the chain."""
-    states, laws = [start], list[Transition]()
+@torch.no_grad()
+def roll_out(sampler: Sampler, start: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+    """All states from start (b, *d) by noise (N, b, *d): (N+1, b, *d)."""
+    states = [start]
     for i in range(sampler.steps):
-        with torch.set_grad_enabled(learning):
-            laws.append(sampler.step(states[-1], i, cond))
-        states.append(laws[-1].at(noise[i]).detach())
-    std = torch.stack([law.std for law in laws]).repeat_interleave(len(start))
-    return torch.stack(states), Transition(torch.cat([law.mean for law in laws]), std)
+        states.append(sampler.step(states[-1], i, cond).at(noise[i]))
+    return torch.stack(states)
 
 
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
     """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process takes its share."""
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
-    learning = state.step < config.density_iterations
-    n = 1 if learning else config.critic_steps
+    done = state.step - config.density_iterations
+    n = config.critic_steps if done >= 0 else 1
+    fresh = state.rollouts is None or done % steps == 0 or state.step % LOOK_EVERY == 0
     rows = goal.rows(n * config.batch_size, state.generator).reshape(n, -1)
-    redrawn = 1 if config.transitions == "one" and not learning else steps
-    drawn = 1 + steps + redrawn + n
+    # of the density 2 for each level; of a rollout its start and steps, of an iteration the redrawn states and the data's
+    drawn = 2 * (steps + 1) if done < 0 else (1 + steps) * fresh + 1 + n
     noise = torch.randn(drawn, config.batch_size, *goal.data.shape[1:], generator=state.generator)
     rows, noise = processes.share(rows, 1), processes.share(noise, 1).to(goal.data)
     data, conds = goal.data[rows.to(goal.data.device)], [condition(goal, part) for part in rows]
-    if learning:
+    if done < 0:
         reach = processes.share(torch.linspace(0, 1, config.batch_size)).to(data)
         return density_step(state, data[0], noise, reach, conds[0], processes)
 
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
     for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, config.lr_value), strict=True):
         group["lr"] = lr * state.left
-    start, on_the_way, again, last = noise.split((1, steps, redrawn, n))
-    start = sampler.start_from(start[0])
-    of_all = config.transitions == "all"
-    with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
-        states, laws = roll_out(sampler, start, on_the_way, conds[0], learning=of_all)
+    again, last, of_rollouts = noise[0], noise[1 : 1 + n], noise[1 + n :]
+    in_half = torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16)
+    if fresh:
+        with in_half:
+            state.rollouts = roll_out(sampler, sampler.start_from(of_rollouts[0]), of_rollouts[1:], conds[0]), conds[0]
+    assert state.rollouts is not None
+    states, cond = state.rollouts
     if state.velocity_decay < 1:
-        i = torch.arange(steps, device=data.device).repeat_interleave(len(start))
+        i = torch.arange(steps, device=data.device).repeat_interleave(states.shape[1])
         squared = squared_velocity(state, i, states[:-1].flatten(0, 1), states[1:].flatten(0, 1))
         state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - state.velocity_decay)
 
     smoothed = data + float(sampler.last_std) * last
-    of_rollout = torch.arange(config.batch_size)
-    if of_all:
-        i = torch.arange(steps)[:, None].expand(-1, config.batch_size)
-    else:  # another one of each rollout in every iteration, as many of each step
-        i = ((of_rollout * steps // config.batch_size + state.step) % steps)[None]
-    i = processes.share(i, 1).to(data.device)
-    metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, i, conds[0], processes)
-    rows = torch.arange(i.shape[1], device=data.device).expand_as(i).flatten()
-    x, i, cond = states[i.flatten(), rows], i.flatten(), chosen(conds[0], rows)
-    if not of_all:
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16):
-            laws = sampler.step(x, i, cond)
-    metrics |= sampler_step(state, goal, i, x, laws, again.flatten(0, 1), cond, processes)
+    of_batch = torch.arange(config.batch_size)
+    i = processes.share((of_batch * steps // config.batch_size + done) % steps).to(data.device)  # as many of each step
+    metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, i, cond, processes)
+    x = states[i, torch.arange(len(i), device=data.device)]
+    with in_half:
+        law = sampler.step(x, i, cond)
+    metrics |= sampler_step(state, goal, i, x, law, again, cond, processes)
     state.averaged.update_parameters(sampler)
     state.averaged_value.update_parameters(state.value)
     metrics |= processes.mean({"sample_std": float(states[-1].std())})

@@ -10,14 +10,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fewstep.dxmi import FEW, FinetuneState, iterate, start_sampler
+from fewstep.dxmi import FEW, LOOK_EVERY, FinetuneState, iterate, start_sampler
 from fewstep.energy import Value
 from fewstep.goal import Goal, condition, make_goal
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.processes import ALONE, Processes
 from fewstep.sampler import Sampler
 
-LOOK_EVERY, JUDGE_EVERY = 50, 250  # iterations; the first divides those between two checkpoints
+JUDGE_EVERY = 250  # iterations
 ROLL_BACKS = 5
 DIRECTIONS = 1000  # of the distance to held-out data
 LOST = 0.9  # AUROC of the energy, held-out data against samples, from which on the sampler counts as lost
