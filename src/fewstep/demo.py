@@ -36,7 +36,7 @@ def run_demo(
     clock = time.perf_counter()
     open_run(out, "demo", {"seed": seed, "quick": quick})
     train_config = TrainConfig(iterations=100 if quick else 4000, sigma_min=0.2, sigma_max=10.0, seed=seed)
-    finetune_config = FinetuneConfig(iterations=40 if quick else 2000, density_iterations=20 if quick else 1500, seed=seed)
+    finetune_config = FinetuneConfig(iterations=40, density_iterations=20, seed=seed) if quick else FinetuneConfig(seed=seed)
     model, fitted, tuned = out / "model", out / "schedule", out / "sampler"
 
     commands.train(SOURCE, model, train_config, track=track)
