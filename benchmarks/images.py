@@ -63,7 +63,7 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(iterations=160, density_iterations=600, batch_size=32)
+SHORT_RUN = FinetuneConfig(iterations=300, density_iterations=600, batch_size=32)
 TUNED = "fine-tuned"
 FINETUNE = {
     "digits": FinetuneConfig(),
