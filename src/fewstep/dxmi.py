@@ -386,10 +386,14 @@ def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Process
     return wild[0] if wild else norms[0]
 
 
-def density_step(
-    state: FinetuneState, data: Tensor, noise: Tensor, reach: Tensor, cond: Cond, processes: Processes
-) -> dict[str, float]:
-    """One step of the density on data (b, *d), noise (2 N + 2, b, *d); the rate falls to 0 along a cosine."""
+def density_step(state: FinetuneState, goal: Goal, processes: Processes) -> dict[str, float]:
+    """One step of the density, with noise on data and on points afar for each level; its rate falls to 0 along a cosine."""
+    b, levels = state.config.batch_size, state.sampler.steps + 1
+    rows = goal.rows(b, state.generator)
+    noise = torch.randn(2 * levels, b, *goal.data.shape[1:], generator=state.generator)
+    rows, noise = processes.share(rows), processes.share(noise, 1).to(goal.data)
+    data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
+    reach = processes.share(torch.linspace(0, 1, b)).to(data)
     done = state.step / state.config.density_iterations
     group = state.density_optimiser.param_groups[0]
     group["lr"] = state.rate * state.config.lr_density * (1 + math.cos(math.pi * done)) / 2
@@ -445,18 +449,15 @@ def roll_out(sampler: Sampler, start: Tensor, noise: Tensor, cond: Cond) -> Tens
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
     """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process takes its share."""
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
-    done = state.step - config.density_iterations
-    n = config.critic_steps if done >= 0 else 1
+    done, b, n = state.step - config.density_iterations, config.batch_size, config.critic_steps
+    if done < 0:
+        return density_step(state, goal, processes)
     fresh = state.rollouts is None or done % steps == 0 or state.step % LOOK_EVERY == 0
-    rows = goal.rows(n * config.batch_size, state.generator).reshape(n, -1)
-    # of the density 2 for each level; of a rollout its start and steps, of an iteration the redrawn states and the data's
-    drawn = 2 * (steps + 1) if done < 0 else (1 + steps) * fresh + 1 + n
-    noise = torch.randn(drawn, config.batch_size, *goal.data.shape[1:], generator=state.generator)
+    rows = goal.rows(n * b, state.generator).reshape(n, -1)
+    # of an iteration the redrawn states and the data's, of a rollout its start and steps
+    noise = torch.randn(1 + n + fresh * (1 + steps), b, *goal.data.shape[1:], generator=state.generator)
     rows, noise = processes.share(rows, 1), processes.share(noise, 1).to(goal.data)
     data, conds = goal.data[rows.to(goal.data.device)], [condition(goal, part) for part in rows]
-    if done < 0:
-        reach = processes.share(torch.linspace(0, 1, config.batch_size)).to(data)
-        return density_step(state, data[0], noise, reach, conds[0], processes)
 
     groups = state.sampler_optimiser.param_groups + state.value_optimiser.param_groups
     for group, lr in zip(groups, (state.pace * config.lr, config.lr_std, config.lr_value), strict=True):
@@ -474,8 +475,7 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
         state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - state.velocity_decay)
 
     smoothed = data + float(sampler.last_std) * last
-    of_batch = torch.arange(config.batch_size)
-    i = processes.share((of_batch * steps // config.batch_size + done) % steps).to(data.device)  # as many of each step
+    i = processes.share((torch.arange(b) * steps // b + done) % steps).to(data.device)  # as many of each step
     metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, i, cond, processes)
     x = states[i, torch.arange(len(i), device=data.device)]
     with in_half:
