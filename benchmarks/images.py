@@ -63,7 +63,8 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(iterations=300, density_iterations=600, batch_size=32)
+SHORT_RUN = FinetuneConfig(density_iterations=600, batch_size=32)
+PER_STEP = 75  # iterations of a short run for each of its steps, whose transitions take turns
 TUNED = "fine-tuned"
 FINETUNE = {
     "digits": FinetuneConfig(),
@@ -250,6 +251,8 @@ class Subject:
 
     def finetune_config(self, cell: Cell) -> FinetuneConfig:
         config = replace(FINETUNE[self.name], seed=cell.seed)
+        if self.name != "digits":
+            config = replace(config, iterations=PER_STEP * cell.steps)
         return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
     def karras(self) -> Path:
@@ -406,11 +409,13 @@ def document(folder: Path, before: dict) -> dict:
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
         own = [row for row in rows if row["model"] == name]
-        settings = [{k: v for k, v in row["settings"].items() if k != "seed"} for row in own if row["settings"]]
+        told = ("seed", "iterations")  # in the rows
+        settings = [{k: v for k, v in row["settings"].items() if k not in told} for row in own if row["settings"]]
         if any(each != settings[0] for each in settings):
             raise SystemExit(f"fine-tuned rows of {name} have different settings; run them again with one")
-        kept = ("method", "solver", "levels", "steps", "seed", "evaluations", "at", "kept", "sigmas", "seconds")
+        kept = ("method", "solver", "levels", "steps", "seed", "iterations", "evaluations", "at", "kept", "sigmas", "seconds")
         found[name] = json.loads(file.read_text()) | {"finetune": settings[0] if settings else None}
+        own = [row | ({"iterations": row["settings"]["iterations"]} if row["settings"] else {}) for row in own]
         found[name]["rows"] = [{k: row[k] for k in kept if k in row} for row in own]
     return {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "models": found}
 
