@@ -137,6 +137,18 @@ def test_all_transitions_of_each_rollout_are_taken_in_turn_then_it_is_rolled_out
     assert anew == [*range(0, 50, 3), 50, 51]  # and at 50, where a run is looked at, for it may have been taken back
 
 
+@pytest.mark.parametrize(("critic_steps", "served"), [(1, 3), (2, 1), (7, 1)])
+def test_a_rollout_is_seen_by_as_many_steps_of_the_critic_as_it_has(critic_steps, served):
+    state, data = state_of(density_iterations=0, batch_size=8, critic_steps=critic_steps), torch.randn(50, 2)
+    seen = []
+    for _ in range(6):
+        dxmi.iterate(state, Goal(data))
+        state.step += 1
+        seen.append(state.rollouts[0])
+    anew = [k for k in range(6) if k == 0 or not torch.equal(seen[k], seen[k - 1])]
+    assert anew == list(range(0, 6, served))
+
+
 def test_a_run_that_is_taken_back_rolls_out_anew():
     state = state_of(density_iterations=0, batch_size=8)
     good = copy.deepcopy(state.learned())

@@ -6,7 +6,7 @@ solved by dynamic programming (DxDP) along the sampler's own rollouts x_0 .. x_N
 back-propagation through the chain, no MCMC. V(x, i) = tau A(x, i) + C(x, i), the last slice being the energy (energy.py).
 
 First A, from the data alone (`density_loss`). Then, per iteration, on fresh data and one transition of each of a batch of
-rollouts, another in each of N iterations; then the batch is rolled out anew:
+rollouts, another in each of N iterations (of N/n with n `critic_steps`); then the batch is rolled out anew:
 
     energy   mean C(data, N) - mean C(x_N, N) + gamma (mean C(data, N)^2 + mean C(x_N, N)^2)
     value    ( stopgrad[ V(x_{i+1}, i+1) + c_i ] - V(x_i, i) )^2        i another one of each rollout, all i in a batch
@@ -452,7 +452,8 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     done, b, n = state.step - config.density_iterations, config.batch_size, config.critic_steps
     if done < 0:
         return density_step(state, goal, processes)
-    fresh = state.rollouts is None or done % steps == 0 or state.step % LOOK_EVERY == 0
+    served = max(1, steps // n)  # iterations, so that N steps of the critic see a rollout, however many there are in each
+    fresh = state.rollouts is None or done % served == 0 or state.step % LOOK_EVERY == 0
     rows = goal.rows(n * b, state.generator).reshape(n, -1)
     # of an iteration the redrawn states and the data's, of a rollout its start and steps
     noise = torch.randn(1 + n + fresh * (1 + steps), b, *goal.data.shape[1:], generator=state.generator)
