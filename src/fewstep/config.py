@@ -46,7 +46,7 @@ class Machine:
 class TrainConfig:
     """How a diffusion model is trained: v-prediction on the cosine path."""
 
-    iterations: Count = 4000
+    iterations: Count = 5000
     """Steps of the optimiser."""
     batch_size: Count = 256
     """Samples per step."""
