@@ -192,7 +192,7 @@ class FinetuneConfig:
     momentum: Decay = 0.0
     """Adam's first moment decay, of sampler and value; above 0 the two players overshoot each other."""
     ema: Decay = 0.999
-    """Decay of the averaged sampler and value, which are the ones that are used."""
+    """Decay of the averaged sampler and value, which are the ones that are used, in an iteration."""
     clip: Positive = 1.0
     """Largest norm of the gradient of the sampler's network."""
     last_std: NotNegative = 0.1

@@ -51,6 +51,7 @@ from fewstep.training import averaged
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
 LOOK_EVERY = 50  # iterations; runs are saved, looked at and taken back at multiples, where no rollout is left over
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
+AVERAGE_EVERY = 5  # iterations: an average over a thousand does not miss the ones between
 VELOCITY_DECAY = 0.99
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
 MANY = 10_000  # data whose principal components are taken
@@ -82,8 +83,7 @@ class FinetuneState:
             raise ValueError('score "model" needs the pretrained model: use make_state, give model=, or set score="density"')
         self.config, self.sampler, self.value = config, sampler, value
         self.model = copy.deepcopy(model).eval().requires_grad_(False) if model is not None and follows else None
-        self.averaged = averaged(sampler, config.ema)
-        self.averaged_value = averaged(value, config.ema)
+        self.start_averages()
         betas = (config.momentum, 0.999)
         self.sampler_optimiser = torch.optim.Adam(
             [{"params": list(sampler.denoiser.parameters())}, {"params": [sampler.log_std]}],
@@ -109,6 +109,19 @@ class FinetuneState:
         self.alpha, self.sigma = sampler.levels()
         self.model_times = path.time(torch.atan2(self.sigma, self.alpha))
         self.knows_last = False
+
+    def start_averages(self) -> None:
+        decay = self.config.ema**AVERAGE_EVERY
+        self.averaged, self.averaged_value = averaged(self.sampler, decay), averaged(self.value, decay)
+
+    def average(self) -> None:
+        """Take the iteration that ends into the averages, if it is one in AVERAGE_EVERY, or the last one of its kind."""
+        ends = self.step + 1
+        if ends % AVERAGE_EVERY and ends not in (self.config.density_iterations, self.total):
+            return
+        if ends > self.config.density_iterations:
+            self.averaged.update_parameters(self.sampler)
+        self.averaged_value.update_parameters(self.value)
 
     @property
     def total(self) -> int:
@@ -335,16 +348,11 @@ def sampler_step(
         with torch.no_grad():
             before = state.sampler.step(x, i, cond) if state.config.bf16 else law
     x_next = law.at(noise)
-    learned = [p for p in state.value.parameters() if p.requires_grad]  # an energy of the user's may have frozen parts
-    for p in learned:
-        p.requires_grad_(False)
     finished = i == state.sampler.steps - 1
     reward = torch.as_tensor(reward_cost(state, goal, x_next[finished])).sum() / len(x)
     to_go = next_value(state, x_next, i + 1, cond).mean() + reward
     cost = running_cost(state, i, x, x_next, law.std).mean()
     norm = take_step(state.sampler_optimiser, state.sampler.steps * (to_go + cost), processes, state.config.clip)
-    for p in learned:
-        p.requires_grad_(True)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})
     if before is not None:
         keep_pace(state, processes.mean({"kl": divergence(state, before, x, i, cond)})["kl"])
@@ -375,15 +383,17 @@ def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Process
     """A gradient step, if the gradient is finite. Returns the norm of the first group's gradient, before clipping to `clip`, or
     whichever norm is not finite."""
     optimiser.zero_grad()
-    loss.backward()
+    groups = [[p for p in group["params"] if p.requires_grad] for group in optimiser.param_groups]
+    loss.backward(inputs=[p for group in groups for p in group])  # nothing else that the loss goes through
     processes.average_gradients(optimiser)
-    first, *others = optimiser.param_groups
-    norms = [float(nn.utils.clip_grad_norm_(first["params"], clip))]
-    norms += [float(nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])) for group in others]
-    wild = [norm for norm in norms if not norm < float("inf")]
-    if not wild:
-        optimiser.step()
-    return wild[0] if wild else norms[0]
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    wild = [float(norm) for norm in norms if not norm < math.inf]
+    if wild:
+        return wild[0]
+    if clip < math.inf:
+        nn.utils.clip_grads_with_norm_(groups[0], clip, norms[0])
+    optimiser.step()
+    return float(norms[0])
 
 
 def density_step(state: FinetuneState, goal: Goal, processes: Processes) -> dict[str, float]:
@@ -400,7 +410,7 @@ def density_step(state: FinetuneState, goal: Goal, processes: Processes) -> dict
     eps, far = noise.chunk(2)
     losses = density_loss(state.value, state.sampler, data, eps, far, reach, cond)
     norm = take_step(state.density_optimiser, sum(losses.values(), torch.zeros(())), processes)
-    state.averaged_value.update_parameters(state.value)
+    state.average()
     return processes.mean({k: float(v.detach()) for k, v in losses.items()}) | {"density_gradient_norm": norm}
 
 
@@ -421,8 +431,7 @@ def start_sampler(state: FinetuneState, goal: Goal) -> None:
         nats = state.value.dimensions * state.value.density(smoothed, sampler.steps, cond)
         state.value.tau.fill_(SPREAD * state.value.dimensions / float(nats.std()))
     state.knows_last = model_denoises(state, data, noise[1].to(data), cond)
-    state.averaged = averaged(sampler, config.ema)
-    state.averaged_value = averaged(state.value, config.ema)
+    state.start_averages()
 
 
 def model_denoises(state: FinetuneState, data: Tensor, noise: Tensor, cond: Cond) -> bool:
@@ -482,7 +491,6 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     with in_half:
         law = sampler.step(x, i, cond)
     metrics |= sampler_step(state, goal, i, x, law, again, cond, processes)
-    state.averaged.update_parameters(sampler)
-    state.averaged_value.update_parameters(state.value)
+    state.average()
     metrics |= processes.mean({"sample_std": float(states[-1].std())})
     return metrics | {f"step_noise_{k}": float(std) for k, std in enumerate(sampler.std().detach())}
