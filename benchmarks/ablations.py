@@ -4,12 +4,13 @@
     python benchmarks/ablations.py RUN             three seeds; writes benchmarks/ablations.json
     python benchmarks/ablations.py RUN --quick     in miniature, into --rows; says nothing but that it runs
 
-Every fine-tuning is in the default configuration, but for what its row says; its levels are learned for ancestral sampling,
-which is what a sampler begins as (one fit for all seeds). Other levels: Karras' with rho 7 and 4, and quadratic ones in the
-time of the linear-beta VP path, as the paper picks them by hand; learned for DPM++ 2M, no verdict. The last iteration is
-judged, but in the row whose test digits are held out: there the best state, which they chose. Each is judged by 2,000
-samples: Frechet distance in pixels and sliced Wasserstein distance to all training data, precision and recall; its energy by
-the AUROC of the test digits against uniform noise and against its own samples. Of the first, two more things are judged that
+Every fine-tuning is in the default configuration, but for what its row says; its levels are learned for ancestral sampling
+from the data's Gaussian, which is what a sampler begins as (one fit for all seeds; the published objective's from noise).
+Other levels: Karras' with rho 7 and 4, and quadratic ones in the time of the linear-beta VP path, as the paper picks them by
+hand; learned for DPM++ 2M, no verdict. The last iteration is judged, but in the row whose test digits are held out: there the
+best state, which they chose. Each is judged by 2,000 samples: Frechet distance in pixels and sliced Wasserstein distance to
+all training data, precision and recall; its energy by the AUROC of the test digits against uniform noise and against its own
+samples. Of the first, two more things are judged that
 need no training: value guidance, and other numbers of steps (`fewstep sample --steps`). Finished rows are kept in --rows.
 """
 
@@ -40,8 +41,10 @@ from fewstep.learn import learn_schedule
 from fewstep.metrics import auroc, frechet_distance, precision_recall, sliced_wasserstein
 from fewstep.path import VP
 from fewstep.run import read_lines, write_json
-from fewstep.sampler import Sampler, in_steps
+from fewstep.sampler import Sampler, in_steps, start_where_data_are
 from fewstep.schedule import karras
+from fewstep.start import gaussian_of
+from fewstep.tune import learn_levels
 from schedules import append
 from tables import ablations
 
@@ -70,7 +73,13 @@ def learned_for(solver: str) -> Callable[[Denoiser, int], Tensor]:
     return cache(levels)
 
 
-OWN = learned_for("ancestral")
+@cache
+def own(model: Denoiser, n: int, density: bool) -> Tensor:
+    """As `fewstep finetune` learns them for itself, with a density or without."""
+    config = FinetuneConfig() if density else FinetuneConfig(density_iterations=0)
+    return learn_levels(model, n, make_goal(load_data("digits").train), config).times(model.path, n)
+
+
 LEVELS: dict[str, Callable[[Denoiser, int], Tensor]] = {
     "Karras' levels": lambda model, n: karras(*ends(model)).times(model.path, n),
     "levels of rho 4": lambda model, n: karras(*ends(model), rho=4.0).times(model.path, n),
@@ -99,6 +108,13 @@ COUNT = 2000
 
 def drawn(sampler: Sampler, data: Data, count: int, seed: int) -> Tensor:
     return generate(sampler, sampler.times, count, data.shape, "", 1000 + seed)[0]
+
+
+def first(denoiser: Denoiser, times: Tensor, data: Data) -> Sampler:
+    """What a sampler on these levels begins as: ancestral, from the data's Gaussian."""
+    sampler = Sampler(denoiser, times)
+    start_where_data_are(sampler, gaussian_of(data.train))
+    return sampler
 
 
 def guided(state: FinetuneState, data: Data, count: int, seed: int, guidance: float) -> Tensor:
@@ -153,23 +169,24 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
             if quick:
                 short = {k: min(10, getattr(config, k)) for k in ("iterations", "density_iterations")}
                 config = dataclasses.replace(config, **short)
+            made = LEVELS[name](denoiser, steps) if name in LEVELS else own(denoiser, steps, config.density_iterations > 0)
             try:
-                state, about = learned(denoiser, data, LEVELS.get(name, OWN)(denoiser, steps), config, name in HELD_OUT)
+                state, about = learned(denoiser, data, made, config, name in HELD_OUT)
             except ValueError as error:  # not finite, collapsed or diverged, after all roll-backs
                 keep(name, steps, {"failed": str(error)})
                 continue
             sampler, value = state.averaged.module, state.averaged_value.module
             if name == DEFAULT:  # its own row is the last, so that a killed command leaves none of them out
-                keep("ancestral", steps, judge(drawn(Sampler(denoiser, sampler.times), data, count, seed), data))
+                keep("ancestral", steps, judge(drawn(first(denoiser, sampler.times, data), data, count, seed), data))
                 for scale in GUIDANCE:
                     keep(f"guidance {scale:g}", steps, judge(guided(state, data, count, seed, scale), data))
                 for n in OTHER_STEPS:
                     other = in_steps(sampler, n)
                     keep(f"used in {n} steps", n, judge(drawn(other, data, count, seed), data))
-                    plain = Sampler(denoiser, other.times)
+                    plain = first(denoiser, other.times, data)
                     keep(f"ancestral in {n} steps", n, judge(drawn(plain, data, count, seed), data))
             if name in LEVELS:
-                keep(f"ancestral, {name}", steps, judge(drawn(Sampler(denoiser, sampler.times), data, count, seed), data))
+                keep(f"ancestral, {name}", steps, judge(drawn(first(denoiser, sampler.times, data), data, count, seed), data))
             x = drawn(sampler, data, count, seed)
             keep(name, steps, judge(x, data, value.energy) | about)
 

@@ -37,10 +37,11 @@ from fewstep.denoiser import Denoiser
 from fewstep.dxmi import make_state
 from fewstep.energy import Value, denoising_error
 from fewstep.finetuning import finetune
-from fewstep.learn import learn_schedule
+from fewstep.goal import make_goal
 from fewstep.metrics import auroc
 from fewstep.run import read_lines, write_json
 from fewstep.training import TrainState, train
+from fewstep.tune import learn_levels
 from schedules import append
 from tables import anomalies
 
@@ -98,9 +99,12 @@ def neighbours(data: Tensor, seed: int) -> dict[str, Score]:
     }
 
 
-def learned(denoiser: Denoiser, times: Tensor, data: Tensor, config: FinetuneConfig, energy: nn.Module | None = None) -> Value:
+def learned(denoiser: Denoiser, data: Tensor, config: FinetuneConfig, energy: nn.Module | None = None) -> Value:
+    """Of a sampler on the levels that it learns."""
+    goal = make_goal(data)
+    times = learn_levels(denoiser, STEPS, goal, config).times(denoiser.path, STEPS)
     state = make_state(denoiser, times, config, tuple(data.shape[1:]), energy)
-    for _ in finetune(state, data):
+    for _ in finetune(state, goal):
         pass
     return state.averaged_value.module
 
@@ -131,12 +135,10 @@ def row_of(digit: int, seed: int, shrink: int) -> dict:
         pass
     denoiser = state.averaged.module
     judge("denoising error", lambda x: denoising_error(denoiser, x, DENOISED_AT, DRAWS))
-    g = torch.Generator().manual_seed(seed)
-    times = learn_schedule(denoiser, solver="ancestral", steps=[STEPS], generator=g).times(denoiser.path, STEPS)
-    value = learned(denoiser, times, normal, short(FINETUNE))
+    value = learned(denoiser, normal, short(FINETUNE))
     judge("density", lambda x: value.density(x, STEPS))
     judge("energy", value.energy)
-    judge("autoencoder, fine-tuned", learned(denoiser, times, normal, short(STRUCTURED), autoencoder).energy)
+    judge("autoencoder, fine-tuned", learned(denoiser, normal, short(STRUCTURED), autoencoder).energy)
     return row
 
 

@@ -8,7 +8,8 @@
 A cell is a row of the table and a seed; finished cells are kept in --rows, so that a killed or repeated command
 continues, unless the row's settings have changed. Writes benchmarks/gaussians8.json.
 
-start: an MLP denoiser of 50,000 points, its five-step ancestral sampler. paper's start: betas from 1e-4 to .02 in five
+start: an MLP denoiser of 50,000 points, its five-step ancestral sampler on Karras' levels; fewstep learns its own, as its
+default is, but in the rows that say so and from an untrained start. paper's start: betas from 1e-4 to .02 in five
 steps, the schedule of 1,000 steps not rescaled, as in the paper's own table. The published algorithm: published.py.
 torchebm: torchebm2d.py, where that library is installed.
 
@@ -43,6 +44,7 @@ from fewstep.config import FinetuneConfig, TrainConfig
 from fewstep.denoiser import OnPath
 from fewstep.dxmi import make_state
 from fewstep.finetuning import finetune
+from fewstep.goal import make_goal
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import ring
 from fewstep.path import Tabulated
@@ -50,6 +52,7 @@ from fewstep.run import read_lines, write_json, write_lines
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, train
+from fewstep.tune import learn_levels
 from tables import gaussians8
 
 HERE = Path(__file__).parent
@@ -190,11 +193,15 @@ def at_scale(config: FinetuneConfig, seed: int, scale: Scale) -> FinetuneConfig:
     return dataclasses.replace(config, seed=seed, **{name: scale.iterations(n) for name, n in counts.items()})
 
 
-def of_fewstep(start: Start, config: FinetuneConfig, seed: int, scale: Scale) -> dict:
+def of_fewstep(start: Start, config: FinetuneConfig, learned: bool, seed: int, scale: Scale) -> dict:
+    """On the levels that it learns for itself, whose seconds count, or on the start's."""
     first, data = start(seed, scale.iterations(TRAIN.iterations))
+    config, times, goal = at_scale(config, seed, scale), first.times, make_goal(data)
     began = time.process_time()
-    state = make_state(first.denoiser, first.times, at_scale(config, seed, scale), (2,))
-    iterations = sum(1 for _ in finetune(state, data))
+    if learned:
+        times = learn_levels(first.denoiser, STEPS, goal, config).times(first.denoiser.path, STEPS)
+    state = make_state(first.denoiser, times, config, (2,))
+    iterations = sum(1 for _ in finetune(state, goal))
     seconds = time.process_time() - began
     g, sampler = torch.Generator().manual_seed(77), state.averaged.module
     samples = sampler.sample(sampler.start(scale.samples, (2,), g), g)
@@ -250,9 +257,9 @@ class Row:
 def rows() -> list[Row]:
     start = dataclasses.asdict(TRAIN)
 
-    def fewstep(name: str, begin: Start, config: FinetuneConfig = FINETUNE) -> Row:
-        settings = {"start": start, "config": dataclasses.asdict(config)}
-        return Row(name, 5, settings, functools.partial(of_fewstep, begin, config))
+    def fewstep(name: str, begin: Start, config: FinetuneConfig = FINETUNE, learned: bool = False) -> Row:
+        settings = {"start": start, "config": dataclasses.asdict(config), "learned_levels": learned}
+        return Row(name, 5, settings, functools.partial(of_fewstep, begin, config, learned))
 
     def peer(name: str, begin: Start, tau: float) -> Row:
         settings = published.Settings(tau=tau)
@@ -264,8 +271,9 @@ def rows() -> list[Row]:
 
     return [
         Row("start", 5, {"start": start}, functools.partial(of_start, pretrain)),
-        fewstep("fewstep", pretrain),
-        fewstep("fewstep, the density's score", pretrain, DENSITY),
+        fewstep("fewstep", pretrain, learned=True),
+        fewstep("fewstep, the density's score", pretrain, DENSITY, learned=True),
+        fewstep("fewstep, the start's levels", pretrain),
         *(peer(f"published, tau {tau:g}", pretrain, tau) for tau in (0.1, 0.01, 0.0, 1.0)),
         fewstep("fewstep, untrained start", untrained),  # such a model has no score worth following
         fewstep("fewstep, the density's score, untrained start", untrained, DENSITY),

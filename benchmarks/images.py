@@ -46,11 +46,13 @@ from fewstep.config import FinetuneConfig, LearnConfig, Source
 from fewstep.data import Data
 from fewstep.denoiser import Denoiser
 from fewstep.fit import fit
+from fewstep.goal import make_goal
 from fewstep.metrics import class_coverage, frechet_distance, precision_recall
 from fewstep.path import Tabulated
 from fewstep.run import fingerprint, load_tree, read_config, read_lines, save_tree, write_json
 from fewstep.sampler import Sampler, start_where_data_are
 from fewstep.schedule import Schedule, karras, kl_optimal
+from fewstep.start import gaussian_of
 from fewstep.tune import LEARNED, finetune, levels_for
 from schedules import append
 from tables import images
@@ -71,7 +73,7 @@ FINETUNE = {
     "mnist_slim": SHORT_RUN,
     "fashion": replace(SHORT_RUN, critic_steps=4, lr_value=3e-4),
 }
-MOVED = "ancestral from the data's Gaussian"  # where fine-tuning starts from, if the noisiest level shows the data
+MOVED = "ancestral from the data's Gaussian"  # what a sampler begins as
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=32, verdict_doublings=0)
 
 
@@ -96,13 +98,13 @@ class Cell:
 def cells(full: int, moved: bool) -> Iterator[Cell]:
     for steps in (4, 10, 50, full):
         yield Cell("ancestral", "own", steps)
-        if moved:
+        if moved or steps <= SHORT:
             yield Cell(MOVED, "learned" if steps <= SHORT else "own", steps)
     for steps in (4, 10):
         yield Cell("ddim", "own", steps)
+        yield Cell("ancestral", "karras", steps)
         for levels in ("karras", "learned"):
             yield Cell("dpmpp_2m", levels, steps)
-            yield Cell("ancestral", levels, steps)
             for seed in range(3):
                 yield Cell(TUNED, levels, steps, seed)
 
@@ -269,7 +271,7 @@ class Subject:
         """The one that fine-tuning learns for itself in so many steps."""
         folder = self.rows / f"levels-{self.name}-{cell.steps}"
         config, about = self.finetune_config(cell), (self.args.device, unmetered)
-        found = levels_for(self.denoiser, cell.steps, folder, self.data.shape, None, config, *about)
+        found = levels_for(self.denoiser, cell.steps, folder, make_goal(self.data.train), config, *about)
         folder.mkdir(exist_ok=True)
         found.save(folder / SCHEDULE)
         return found
@@ -302,7 +304,7 @@ class Subject:
         if cell.solver != MOVED:
             return self.denoiser, cell.solver, times
         sampler = Sampler(self.denoiser, times).to(self.args.device)
-        start_where_data_are(sampler, self.data.train)
+        start_where_data_are(sampler, gaussian_of(self.data.train))
         return sampler, "", times
 
 

@@ -37,7 +37,6 @@ from fewstep.denoiser import Denoiser
 from fewstep.dxmi import make_state
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
-from fewstep.learn import learn_schedule
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.prefer import draw_pairs
 from fewstep.preference import CHOICES, learn_preference
@@ -45,6 +44,7 @@ from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, train
+from fewstep.tune import learn_levels
 
 Reward = Callable[[Tensor], Tensor]
 
@@ -87,12 +87,12 @@ def pretrain(data: Data, seed: int, iterations: int) -> Denoiser:
     return state.averaged.module
 
 
-def taught(
-    denoiser: Denoiser, times: Tensor, data: Data, config: FinetuneConfig, reward: Reward | None, weight: float
-) -> Sampler:
-    """A sampler on these times, fine-tuned with a reward of this weight."""
+def taught(denoiser: Denoiser, data: Data, config: FinetuneConfig, reward: Reward | None, weight: float) -> Sampler:
+    """A sampler on the levels that it learns, fine-tuned with a reward of this weight."""
+    goal = make_goal(data.train, reward=reward, weight=weight)
+    times = learn_levels(denoiser, STEPS, goal, config).times(denoiser.path, STEPS)
     state = make_state(denoiser, times, config, data.shape)
-    for _ in finetune(state, make_goal(data.train, reward=reward, weight=weight)):
+    for _ in finetune(state, goal):
         pass
     return state.averaged.module
 
@@ -147,13 +147,11 @@ def one_seed(seed: int, weights: tuple[float, ...], pretraining: int, config: Fi
     denoiser = pretrain(data, seed, pretraining)
     slow = karras(TRAIN.sigma_min, TRAIN.sigma_max).times(denoiser.path, 20)
     items, _ = generate(denoiser, slow, 600, data.shape, "dpmpp_2m", seed + 1)
-    g = torch.Generator().manual_seed(seed)
-    times = learn_schedule(denoiser, solver="ancestral", steps=[STEPS], generator=g).times(denoiser.path, STEPS)
     rows, agreements, shown = [], [], {}
 
     def samples(reward: Reward | None, weight: float) -> tuple[Tensor, float]:
         clock = time.process_time()
-        sampler = taught(denoiser, times, data, dataclasses.replace(config, seed=seed), reward, weight)
+        sampler = taught(denoiser, data, dataclasses.replace(config, seed=seed), reward, weight)
         seconds = time.process_time() - clock
         return generate(sampler, sampler.times, SAMPLES, data.shape, "", seed + 2)[0], seconds
 

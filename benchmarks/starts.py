@@ -8,9 +8,10 @@
 Levels are learned as `fewstep finetune` does, for ancestral sampling, one fit for all seeds. The same network is taken for a
 denoiser on the variance-exploding and on the linear (flow-matching) path: other scales of x. With labels, sampler and energy
 are told the class, in the data's shares.
-start: ancestral sampling on the same levels. fd: Frechet distance in pixels of 2,000 samples to all training digits.
-obeyed: share of samples that a classifier (98.7 % right on held-out digits) takes for the class that was asked for.
-energy_right: share of held-out digits whose energy is lowest with their own label of the ten. Finished rows are kept in --rows.
+start: ancestral sampling on the same levels, which is what a sampler begins as. fd: Frechet distance in pixels of 2,000
+samples to all training digits. obeyed: share of samples that a classifier (98.7 % right on held-out digits) takes for the class
+that was asked for. energy_right: share of held-out digits whose energy is lowest with their own label of the ten. Finished
+rows are kept in --rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ablations import COUNT, judge
+from ablations import COUNT, first, judge
 from fewstep import models
 from fewstep.config import FinetuneConfig
 from fewstep.data import Data, load_data
@@ -87,8 +88,9 @@ def run(args: argparse.Namespace, file: Path) -> None:
             if any((row["row"], row["seed"]) == (name, seed) for row in read_lines(file)):
                 continue
             labels = data.train_labels if name == LABELS else None
+            goal = make_goal(data.train, labels)
             if name not in learned:
-                learned[name] = learn_levels(denoiser, STEPS, data.shape, labels).times(denoiser.path, STEPS)
+                learned[name] = learn_levels(denoiser, STEPS, goal, FinetuneConfig()).times(denoiser.path, STEPS)
             asked = (
                 labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).repeat(2)[:count]]
                 if labels is not None
@@ -97,10 +99,10 @@ def run(args: argparse.Namespace, file: Path) -> None:
             config = FinetuneConfig(seed=seed)
             if args.quick:
                 config = dataclasses.replace(config, iterations=10, density_iterations=10)
-            start = judged(drawn(Sampler(denoiser, learned[name]), data, count, seed, asked), data, asked, net)
+            start = judged(drawn(first(denoiser, learned[name], data), data, count, seed, asked), data, asked, net)
             began = time.process_time()
             state = make_state(denoiser, learned[name], config, data.shape)
-            for _ in finetune(state, make_goal(data.train, labels)):
+            for _ in finetune(state, goal):
                 pass
             seconds = round(time.process_time() - began, 1)
             x = drawn(state.averaged.module, data, count, seed, asked)

@@ -4,7 +4,8 @@
     python benchmarks/toys.py --quick    in miniature, into --out's folder; says nothing but that it runs
 
 Each set has mean 0 and a mean square of 1 per dimension before it is scaled to 2, about the size of the 8 Gaussians. Per
-set and seed: an MLP denoiser, its five-step ancestral sampler, and the same fine-tuned with its energy, last iterate. sw,
+set and seed: an MLP denoiser, its five-step ancestral sampler on Karras' levels, and one fine-tuned with its energy on the
+levels that it learns, last iterate. sw,
 auroc: as in gaussians8.py, uniform points on the square of the pictures; sw_floor: real against real.
 """
 
@@ -30,11 +31,13 @@ from torch import Tensor
 from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.finetuning import finetune
+from fewstep.goal import make_goal
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.training import TrainState, train
-from gaussians8 import DATA, FINETUNE, QUICK, TRAIN, Scale, at_scale, five_steps
+from fewstep.tune import learn_levels
+from gaussians8 import DATA, FINETUNE, QUICK, STEPS, TRAIN, Scale, at_scale, five_steps
 from tables import toys
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "toys.png"
@@ -101,9 +104,11 @@ def learned(name: str, seed: int, scale: Scale) -> tuple[dict, Sampler, Sampler,
     for _ in train(state, data):
         pass
     start = five_steps(state.averaged.module)
-    tuned = make_state(start.denoiser, start.times, at_scale(FINETUNE, seed, scale), (2,))
+    config, goal = at_scale(FINETUNE, seed, scale), make_goal(data)
     began = time.process_time()
-    for _ in finetune(tuned, data):
+    times = learn_levels(start.denoiser, STEPS, goal, config).times(start.denoiser.path, STEPS)
+    tuned = make_state(start.denoiser, times, config, (2,))
+    for _ in finetune(tuned, goal):
         pass
     seconds = time.process_time() - began
     sampler, value = tuned.averaged.module, tuned.averaged_value.module

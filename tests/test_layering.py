@@ -11,7 +11,7 @@ LAYERS = [
     ["config"],
     ["path"],
     ["denoiser"],
-    ["mixture", "adapters"],
+    ["mixture", "adapters", "start"],
     ["schedule", "solvers", "metrics"],
     ["free"],
     ["cost", "endpoint"],

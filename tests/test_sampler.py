@@ -13,7 +13,8 @@ from fewstep.networks import MLPDenoiser
 from fewstep.path import VE, VP, Cosine, Linear, Path, Tabulated
 from fewstep.sampler import Sampler, Transition, in_steps, start_where_data_are
 from fewstep.schedule import karras, linear, log_linear
-from fewstep.solvers import ancestral_std, solve
+from fewstep.solvers import SOLVERS, ancestral_std, solve
+from fewstep.start import FromGaussian, gaussian_of
 
 PATHS: dict[str, Path] = {
     "VE": VE(),
@@ -344,32 +345,44 @@ def wide_gaussian(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x.reshape(n, 1, 4, 4), (basis * variance) @ basis.T
 
 
-@pytest.mark.parametrize(("sigma_max", "known"), [(0.5, 3), (1.5, 2), (4.0, 0)])
-def test_a_start_where_the_data_are_has_their_moments(sigma_max: float, known: int) -> None:
+@pytest.mark.parametrize("sigma_max", [0.5, 1.5, 4.0])
+def test_a_start_where_the_data_are_has_their_moments(sigma_max: float) -> None:
     path = VP(beta_max=2 * math.log(1 + sigma_max**2) - 0.1)  # alpha^2 = 1/(1 + sigma_max^2) at the end
     data, covariance = wide_gaussian(10_000)
     sampler = Sampler(Mixture(torch.zeros(1, 16), 1.0, path=path), karras(0.1, path.sigma_max).times(path, 3))
     t = sampler.times[0]
-    plain = sampler.start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
-    start_where_data_are(sampler, data)
-    x = sampler.start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
-    if not known:  # noise hides the data: nothing changes
-        assert torch.equal(x, plain)
-        return
-    assert sampler.start_basis is not None
-    assert sampler.start_basis.shape == (known, 1, 4, 4)
+    assert sampler.shown() == 0
+    start_where_data_are(sampler, gaussian_of(data))
     alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
-    variances, directions = torch.linalg.eigh(covariance)
-    variances[:-known] = 0
-    wanted = alpha**2 * (directions * variances) @ directions.T + sigma**2 * torch.eye(16)
+    x = sampler.start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
+    wanted = alpha**2 * covariance + sigma**2 * torch.eye(16)
     assert (x.flatten(1).mean(0) - alpha).abs().max() < 0.1
     assert (torch.cov(x.flatten(1).T) - wanted).abs().max() < 0.06 * float(wanted.max())
+    assert sampler.shown() == pytest.approx(9 * (alpha / sigma) ** 2, rel=0.05)
     fresh = Sampler(Mixture(torch.zeros(1, 16), 1.0, path=path), sampler.times)
     fresh.load_state_dict(sampler.state_dict())
     again = fresh.start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
     assert torch.equal(again, x)
     more = in_steps(sampler, 5).start(20_000, (1, 4, 4), torch.Generator().manual_seed(0))
     assert torch.equal(more, x)
+
+
+def test_a_start_lies_where_the_ode_of_the_gaussian_leads() -> None:
+    """From the same noise: started at level 20 and solved in 200 steps down to 1, or started at 1."""
+    data, _ = wide_gaussian(10_000)
+    known = gaussian_of(data)
+    basis, mean = known.components.flatten(1), known.mean.flatten()
+
+    def exact(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        weight = known.variances / (known.variances + float(path.sigma(t)) ** 2)
+        return (mean + ((x.flatten(1) - mean) @ basis.T * weight) @ basis).reshape(x.shape)
+
+    path = FromGaussian(0.1, 20.0, known)
+    noise = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    times = path.time(log_linear(1.0, 20.0).angles(200)[:-1])
+    *_, x = SOLVERS["heun"](exact, path.start_from(noise, times[0]), path, times, torch.randn_like)
+    torch.testing.assert_close(x, path.start_from(noise, times[-1]), rtol=0, atol=2e-3)
+    assert (x - noise * path.sigma(times[-1])).abs().max() > 1
 
 
 def test_samples_of_data_wider_than_the_noisiest_level_need_a_start_where_they_are() -> None:
@@ -381,5 +394,5 @@ def test_samples_of_data_wider_than_the_noisiest_level_need_a_start_where_they_a
         return float(generate(sampler, sampler.times, 4000, (2,), "", 0)[0].std())
 
     assert spread() < 15
-    start_where_data_are(sampler, 30 * torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)))
+    start_where_data_are(sampler, gaussian_of(30 * torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))))
     assert spread() == pytest.approx(30, rel=0.03)

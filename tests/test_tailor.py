@@ -8,15 +8,17 @@ import torch
 from scipy.integrate import quad
 
 from counting import Counting
+from fewstep.config import FinetuneConfig
 from fewstep.denoiser import Denoiser, Guided, OnPath, Pretrained
 from fewstep.endpoint import MIDWAY_STEPS, Midway, Runs, mean_square, reference, squared_errors
 from fewstep.export import sub_range
 from fewstep.free import free_schedules
+from fewstep.goal import goals_gaussian, make_goal
 from fewstep.learn import learn_by_cost
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Path, Tabulated
-from fewstep.sampler import Sampler
+from fewstep.sampler import Sampler, start_where_data_are
 from fewstep.schedule import Schedule, karras, kl_optimal, log_linear
 from fewstep.solvers import STOCHASTIC, evaluations_of, solve
 from fewstep.tailor import (
@@ -480,15 +482,39 @@ def test_the_budget_that_a_refusal_asks_for_will_do():
         tailor(ring(), "euler", noises=64, budget=int(0.9 * budget))
 
 
-def test_a_sampler_of_a_flow_model_begins_below_pure_noise_where_the_same_model_does_on_a_ve_path():
+PUBLISHED = FinetuneConfig(density_iterations=0)  # starts in noise
+
+
+def spread_out(steps: int, model: Denoiser, config: FinetuneConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """sigma/alpha of the levels that a sampler learns on, and 4,000 samples of it before it learns."""
+    data = ring().sample(4000, seeded(3))
+    schedule = learn_levels(model, steps, make_goal(data), config)
+    sampler = Sampler(model, schedule.times(model.path, steps))
+    if config.density_iterations:
+        start_where_data_are(sampler, goals_gaussian(make_goal(data), 0))
+    with torch.no_grad():
+        x = sampler.sample(sampler.start(4000, (2,), seeded(1)), seeded(2))
+    return schedule.sigmas(steps), x
+
+
+def test_a_sampler_in_noise_of_a_flow_model_begins_below_pure_noise_where_the_same_model_does_on_a_ve_path():
     plain = ring(path=VE(0.05, 20.0))
     flow = OnPath(plain, Linear(0.05, 20.0))
-    pure = tailor(flow, "ancestral", [3], generator=torch.Generator().manual_seed(0))
+    pure = tailor(flow, "ancestral", [3], generator=seeded(0))
     assert float(pure.times(flow.path, 3)[0]) == 1.0  # a runtime begins where the model does
-    one, other = (learn_levels(each, 3, (2,)).sigmas(3) for each in (plain, flow))
+    (one, _), (other, x) = (spread_out(3, each, PUBLISHED) for each in (plain, flow))
     torch.testing.assert_close(other, one, rtol=1e-4, atol=0)
     assert float(other[0]) <= 20
-    with torch.no_grad():
-        shown = Sampler(flow, learn_levels(flow, 3, (2,)).times(flow.path, 3))
-        x = shown.sample(shown.start(2000, (2,), torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2))
-    assert abs(float(x.std()) / float(ring().sample(2000, torch.Generator().manual_seed(3)).std()) - 1) < 0.2
+    assert abs(float(x.std()) / float(ring().sample(2000, seeded(3)).std()) - 1) < 0.2
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_sampler_that_starts_at_the_datas_gaussian_begins_lower_and_ends_nearer(steps):
+    data = ring().sample(4000, seeded(4))
+    model = ring(path=VE(0.05, 20.0))
+    (in_noise, far), (at_the_gaussian, near) = (spread_out(steps, model, each) for each in (PUBLISHED, FinetuneConfig()))
+    assert float(at_the_gaussian[0]) < 0.8 * float(in_noise[0])
+    far_off, closer = (sliced_wasserstein(x, data, 500, seeded(5)) for x in (far, near))
+    assert closer < 0.8 * far_off, (far_off, closer)
+    flow, _ = spread_out(steps, OnPath(model, Linear(0.05, 20.0)), FinetuneConfig())
+    torch.testing.assert_close(flow, at_the_gaussian, rtol=1e-4, atol=0)

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from fewstep.config import FinetuneConfig
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.energy import Value, density_loss, joined, make_value
-from fewstep.goal import Goal, condition
+from fewstep.goal import Goal, condition, goals_gaussian
 from fewstep.path import broadcast
 from fewstep.processes import ALONE, Processes
 from fewstep.sampler import Sampler, Transition, posterior_std, start_where_data_are
@@ -52,9 +52,9 @@ SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confi
 LOOK_EVERY = 50  # iterations; runs are saved, looked at and taken back at multiples, where no rollout is left over
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
 AVERAGE_EVERY = 5  # iterations: an average over a thousand does not miss the ones between
+SHOWN = 4.0  # variance of the data over the noise's, at the start, from which on the running cost follows the rollouts' moves
 VELOCITY_DECAY = 0.99
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
-MANY = 10_000  # data whose principal components are taken
 
 
 class FinetuneState:
@@ -135,10 +135,11 @@ class FinetuneState:
 
     @property
     def velocity_decay(self) -> float:
-        """The config's, or what follows from where rollouts start: in the path's noise (1), or at the data's Gaussian."""
+        """The config's, or 1, but where rollouts start at a Gaussian that the data show not to be: farther off than the path
+        led."""
         if self.config.velocity_decay is not None:
             return self.config.velocity_decay
-        return 1.0 if self.sampler.start_basis is None else VELOCITY_DECAY
+        return VELOCITY_DECAY if self.sampler.shown() > SHOWN else 1.0
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -418,8 +419,7 @@ def density_step(state: FinetuneState, goal: Goal, processes: Processes) -> dict
 def start_sampler(state: FinetuneState, goal: Goal) -> None:
     """When the density is known: where rollouts start, the noise of each step, and tau from the density's spread."""
     config, sampler = state.config, state.sampler
-    some = goal.rows(MANY, torch.Generator().manual_seed(config.seed))
-    start_where_data_are(sampler, goal.data[some.to(goal.data.device)])
+    start_where_data_are(sampler, goals_gaussian(goal, config.seed))
     rows = goal.rows(FEW, state.generator)
     noise = torch.randn(2, len(rows), *goal.data.shape[1:], generator=state.generator)
     data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond
+from fewstep.start import Gaussian, gaussian_of
 
+MANY = 10_000  # data whose principal components are taken
 Reward = Callable[[Tensor], Tensor]
 
 
@@ -53,3 +55,9 @@ def make_goal(data: Tensor, labels: Tensor | None = None, reward: Reward | None 
 def condition(goal: Goal, rows: Tensor) -> Cond:
     """What the sampler and the energy are told of these data: their labels, if the goal has any."""
     return None if goal.labels is None else {"class_labels": goal.labels[rows].to(goal.data.device)}
+
+
+def goals_gaussian(goal: Goal, seed: int) -> Gaussian:
+    """The Gaussian of what the sampler is to reach, from 10,000 draws."""
+    rows = goal.rows(MANY, torch.Generator().manual_seed(seed))
+    return gaussian_of(goal.data[rows.to(goal.data.device)].float())

@@ -21,8 +21,7 @@ from fewstep.denoiser import Cond, Denoiser
 from fewstep.path import Path, broadcast
 from fewstep.schedule import Schedule, bend
 from fewstep.solvers import ancestral_std, require_times
-
-START_COMPONENTS = 64
+from fewstep.start import Gaussian, start_basis, started
 
 
 class Transition(NamedTuple):
@@ -45,7 +44,7 @@ class Transition(NamedTuple):
 class Sampler(nn.Module):
     """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step.
 
-    start_mean (*d) and start_basis (K, *d): where rollouts start, if that is not noise alone (`start_where_data_are`).
+    start_mean (*d) and start_basis (K, *d): where rollouts start (`start_where_data_are`); None for noise alone.
     """
 
     times: Tensor
@@ -124,8 +123,14 @@ class Sampler(nn.Module):
         noise, t = noise.to(self.log_std), self.times[0].cpu()
         if self.start_mean is None or self.start_basis is None:
             return self.path.start_from(noise, t)
-        basis = self.start_basis.flatten(1)
-        return self.start_mean + float(self.path.sigma(t)) * noise + (noise.flatten(1) @ basis.T @ basis).reshape(noise.shape)
+        return started(noise, self.start_mean, self.start_basis, float(self.path.sigma(t)))
+
+    def shown(self) -> float:
+        """How much wider than the noise the data show where rollouts start: alpha^2 v/sigma^2 in the widest direction, or 0."""
+        if self.start_basis is None:
+            return 0.0
+        sigma, widest = float(self.path.sigma(self.times[0].cpu())), float(self.start_basis.flatten(1).square().sum(1).max())
+        return (1 + widest / sigma) ** 2 - 1
 
     @torch.no_grad()
     def rollout(self, start: Tensor, generator: torch.Generator | None = None, cond: Cond = None) -> Tensor:
@@ -161,25 +166,14 @@ class Sampler(nn.Module):
 
 
 @torch.no_grad()
-def start_where_data_are(sampler: Sampler, data: Tensor) -> None:
-    """Start the sampler's rollouts at the Gaussian of the data noised to its first level, where noise alone is far from it.
+def start_where_data_are(sampler: Sampler, gaussian: Gaussian) -> None:
+    """Start the sampler's rollouts at the Gaussian of the data, noised to its first level.
 
-    Many models end their noising while the data still show (Lin et al. 2024), and are sampled from noise alone, which their
-    networks have never seen. Of the principal components of data (n, *d), at most 64, those with alpha^2 variance > sigma^2
-    are given their own variance, alpha^2 variance + sigma^2, and all the mean of the data, times alpha. Where there is no such
-    component nothing changes. The data of all classes make one Gaussian, whatever class is asked for.
+    The data of all classes make one Gaussian, whatever class is asked for.
     """
-    t, device, rows = sampler.times[0].cpu(), sampler.log_std.device, data.flatten(1).to(sampler.log_std)
+    t, known = sampler.times[0].cpu(), Gaussian(*(each.to(sampler.log_std) for each in gaussian))
     alpha, sigma = float(sampler.path.alpha(t)), float(sampler.path.sigma(t))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)  # of a randomised decomposition
-        _, singular, components = torch.pca_lowrank(rows, min(START_COMPONENTS, *rows.shape))
-    variance = alpha**2 * singular**2 / len(rows)
-    shown = variance > sigma**2
-    if bool(shown.any()):
-        gain = (torch.sqrt(variance[shown] + sigma**2) - sigma).sqrt()  # (sigma + gain^2)^2 = variance + sigma^2
-        sampler.start_basis = (gain * components[:, shown]).T.reshape(-1, *data.shape[1:]).contiguous()
-        sampler.start_mean = alpha * rows.mean(0).reshape(data.shape[1:])
+    sampler.start_mean, sampler.start_basis = alpha * known.mean, start_basis(known, alpha, sigma)
 
 
 @torch.no_grad()

@@ -202,11 +202,19 @@ def refine_steps(
     budget: int = BUDGET,
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
+    lower: float | None = None,
 ) -> Schedule:
-    """The schedule of `fit_curve` with a refined grid of this many steps as well; at most `budget` evaluations."""
+    """The schedule of `fit_curve` with a refined grid of this many steps as well; at most `budget` evaluations.
+
+    lower: a noisiest level from which a refinement is tried too, where solvers may begin there.
+    """
     solver, about = schedule.provenance["solver"], schedule.provenance
-    starts = free_schedules(*schedule.made_for(), [steps], schedule.pure_noise)
+    low, high = schedule.made_for()
+    starts = free_schedules(low, high, [steps], schedule.pure_noise)
     starts |= learned_curves(schedule) | {"the curve": replace(schedule, grids={})}
+    if lower is not None and low < lower < high:
+        below = free_schedules(low, lower)
+        starts |= {f"{name} from {lower:.3g}": below[name] for name in CONTENDERS}
     found = refine(
         denoiser,
         NOISELESS.get(solver, solver),
@@ -239,10 +247,11 @@ def tailor(
     generator: torch.Generator | None = None,
     device: str = "cpu",
     tick: Callable[[int], object] = ignore,
+    lower: float | None = None,
 ) -> Schedule:
     """All of it, for a solver: `reference`, `fit_curve`, and `refine_steps` for each of `steps`.
 
-    start: the level at which image to image begins (`Midway`), whose levels go from there to data.
+    start: the level at which image to image begins (`Midway`), whose levels go from there to data. lower: see `refine_steps`.
     """
     require_solver(solver)
     noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
@@ -254,5 +263,5 @@ def tailor(
     known = reference(denoiser, noise, levels=LEVELS, sigma_min=low, sigma_max=high, **about)
     schedule = fit_curve(denoiser, solver, known, budget=budget, **about)
     for n in steps:
-        schedule = refine_steps(denoiser, schedule, n, known, budget=budget, **about)
+        schedule = refine_steps(denoiser, schedule, n, known, budget=budget, lower=lower, **about)
     return schedule

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path as File
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep import models
 from fewstep.commands import (
@@ -32,16 +32,18 @@ from fewstep.dxmi import make_state
 from fewstep.endpoint import ignore
 from fewstep.energy import require_energy
 from fewstep.finetuning import finetune as finetune_loop
-from fewstep.goal import Goal, make_goal
+from fewstep.goal import Goal, goals_gaussian, make_goal
 from fewstep.path import VE
 from fewstep.processes import ALONE, Processes
 from fewstep.refine import BUDGET
 from fewstep.run import fingerprint, open_run, record, require_place, require_tensorboard, resume
 from fewstep.schedule import Schedule
+from fewstep.start import FromGaussian
 from fewstep.tailor import NOISES, tailor
 
 LEARNED = "learned"  # not a schedule's name, but how fine-tuning comes by one
 MOST_REFINED = 20  # steps that get levels of their own: more are read off the curve
+SHOWS = 3  # times the data's largest standard deviation, as noise above which the data are taken for their Gaussian
 
 
 def finetune(
@@ -85,7 +87,7 @@ def finetune(
         require_energy(structured, data.shape, config, denoiser.classes)
     learned = schedule_name == LEARNED
     if learned:
-        schedule = levels_for(denoiser, steps, out, data.shape, labels, config, device, meter)
+        schedule = levels_for(denoiser, steps, out, goal, config, device, meter)
     else:
         schedule = find_schedule(schedule_name, denoiser, [steps])
     times = processes.same(schedule.times(denoiser.path, steps))
@@ -120,49 +122,47 @@ def finetune(
 
 
 def levels_for(
-    denoiser: Denoiser,
-    steps: int,
-    out: File,
-    shape: tuple[int, ...],
-    labels: Tensor | None,
-    config: FinetuneConfig,
-    device: str,
-    meter: Meter,
+    denoiser: Denoiser, steps: int, out: File, goal: Goal, config: FinetuneConfig, device: str, meter: Meter
 ) -> Schedule:
     """The schedule that a sampler of so many steps learns on (`learn_levels`). That of an unfinished run is its folder's."""
     if (out / SCHEDULE).exists():
         return Schedule.load(out / SCHEDULE)
     fits = 1 + (steps <= MOST_REFINED)
     with meter(fits * BUDGET * denoiser.evaluations, "learning levels") as tick:
-        return learn_levels(denoiser, steps, shape, labels, config.batch_size, config.seed, device, tick)
+        return learn_levels(denoiser, steps, goal, config, device, tick)
 
 
 def learn_levels(
     denoiser: Denoiser,
     steps: int,
-    shape: tuple[int, ...],
-    labels: Tensor | None = None,
-    batch_size: int = 512,
-    seed: int = 0,
+    goal: Goal,
+    config: FinetuneConfig,
     device: str = "cpu",
     tick: Callable[[int], object] = ignore,
 ) -> Schedule:
     """The schedule for ancestral sampling in so many steps (`tailor`), which is what a sampler begins as.
 
-    A sampler draws its own first state, so where the model's path ends in pure noise, of which there is nothing to be seen, it
-    begins below. labels: of a conditional model, those that its samples are to have.
+    A sampler starts at the Gaussian of its goal (start.py), and so its first level lies where that no longer is all that can be
+    seen: it is sought from SHOWS times the data's largest standard deviation down. Without a density it starts in noise, as in
+    the paper, on a path that ends in pure noise below that, where there is something to be seen.
     """
-    path = denoiser.path
-    if path.ends_in_pure_noise():
+    path, lower = denoiser.path, None
+    if config.density_iterations:
+        gaussian = goals_gaussian(goal, config.seed)
+        lower = float(gaussian.variances[0].sqrt())
+        highest = min(path.sigma_max, max(SHOWS * lower, 2 * path.sigma_min))
+        denoiser = OnPath(denoiser, FromGaussian(path.sigma_min, highest, gaussian))
+    elif path.ends_in_pure_noise():
         denoiser = OnPath(denoiser, VE(path.sigma_min, path.sigma_max))
     return tailor(
         denoiser,
         "ancestral",
         [steps] if steps <= MOST_REFINED else [],
-        shape=shape,
-        cond=None if labels is None else {"class_labels": labels[:NOISES].to(device)},
-        batch_size=batch_size,
-        generator=torch.Generator().manual_seed(seed),
+        shape=goal.data.shape[1:],
+        cond=None if goal.labels is None else {"class_labels": goal.labels[:NOISES].to(device)},
+        batch_size=config.batch_size,
+        generator=torch.Generator().manual_seed(config.seed),
         device=device,
         tick=tick,
+        lower=lower,
     )
