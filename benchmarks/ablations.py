@@ -38,13 +38,13 @@ from fewstep.dxmi import FinetuneState, make_state
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
 from fewstep.learn import learn_schedule
+from fewstep.levels import learn_levels
 from fewstep.metrics import auroc, frechet_distance, precision_recall, sliced_wasserstein
 from fewstep.path import VP
 from fewstep.run import read_lines, write_json
 from fewstep.sampler import Sampler, in_steps, start_where_data_are
 from fewstep.schedule import karras
 from fewstep.start import gaussian_of
-from fewstep.tune import learn_levels
 from schedules import append
 from tables import ablations
 

@@ -38,10 +38,10 @@ from fewstep.dxmi import make_state
 from fewstep.energy import Value, denoising_error
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
+from fewstep.levels import learn_levels
 from fewstep.metrics import auroc
 from fewstep.run import read_lines, write_json
 from fewstep.training import TrainState, train
-from fewstep.tune import learn_levels
 from schedules import append
 from tables import anomalies
 

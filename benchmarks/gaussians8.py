@@ -45,6 +45,7 @@ from fewstep.denoiser import OnPath
 from fewstep.dxmi import make_state
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
+from fewstep.levels import learn_levels
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.mixture import ring
 from fewstep.path import Tabulated
@@ -52,7 +53,6 @@ from fewstep.run import read_lines, write_json, write_lines
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, train
-from fewstep.tune import learn_levels
 from tables import gaussians8
 
 HERE = Path(__file__).parent

@@ -37,6 +37,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.dxmi import make_state
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
+from fewstep.levels import learn_levels
 from fewstep.metrics import frechet_distance, sliced_wasserstein
 from fewstep.prefer import draw_pairs
 from fewstep.preference import CHOICES, learn_preference
@@ -44,7 +45,6 @@ from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
 from fewstep.training import TrainState, train
-from fewstep.tune import learn_levels
 
 Reward = Callable[[Tensor], Tensor]
 

@@ -34,10 +34,10 @@ from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
+from fewstep.levels import learn_levels
 from fewstep.path import Linear
 from fewstep.run import read_lines, write_json
 from fewstep.sampler import Sampler
-from fewstep.tune import learn_levels
 from images import Classifier, seen, train_classifier
 from schedules import append
 from tables import starts

@@ -32,11 +32,11 @@ from fewstep.dxmi import make_state
 from fewstep.energy import Value
 from fewstep.finetuning import finetune
 from fewstep.goal import make_goal
+from fewstep.levels import learn_levels
 from fewstep.metrics import auroc, sliced_wasserstein
 from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.training import TrainState, train
-from fewstep.tune import learn_levels
 from gaussians8 import DATA, FINETUNE, QUICK, STEPS, TRAIN, Scale, at_scale, five_steps
 from tables import toys
 

@@ -21,7 +21,7 @@ LAYERS = [
     ["baselines"],
     ["networks", "data", "run", "export"],
     ["sampler", "training", "processes", "goal", "preference"],
-    ["energy"],
+    ["energy", "levels"],
     ["dxmi", "models"],
     ["finetuning"],
     ["report"],

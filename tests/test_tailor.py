@@ -15,6 +15,7 @@ from fewstep.export import sub_range
 from fewstep.free import free_schedules
 from fewstep.goal import goals_gaussian, make_goal
 from fewstep.learn import learn_by_cost
+from fewstep.levels import learn_levels
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Path, Tabulated
@@ -36,7 +37,6 @@ from fewstep.tailor import (
     tailor,
     through,
 )
-from fewstep.tune import learn_levels
 
 PATHS = {
     "VE": VE(),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fewstep.energy import Value, denoising_error, mean_energy
     from fewstep.finetuning import finetune
     from fewstep.learn import learn_schedule
+    from fewstep.levels import learn_levels
     from fewstep.metrics import auroc, energy_distance, frechet_distance, sliced_wasserstein
     from fewstep.mixture import Mixture
     from fewstep.models import load_denoiser, load_preference, load_sampler
@@ -37,6 +38,7 @@ _HOME = {
     "energy": "Value denoising_error mean_energy",
     "finetuning": "finetune",
     "learn": "learn_schedule",
+    "levels": "learn_levels",
     "metrics": "auroc energy_distance frechet_distance sliced_wasserstein",
     "mixture": "Mixture",
     "models": "load_denoiser load_preference load_sampler",

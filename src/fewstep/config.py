@@ -188,7 +188,8 @@ class FinetuneConfig:
     """What a shared value is told that a step costs."""
     velocity_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     """Decay of the running mean square velocity (the paper's a, 0.99); 1 keeps the path's own, which is the default but where
-    rollouts start at the Gaussian of the data, farther from them than the path's noising leads: there it is 0.99."""
+    rollouts start at a level that shows the data twice as wide as the noise, farther from them than the path's noising leads:
+    there it is 0.99."""
     momentum: Decay = 0.0
     """Adam's first moment decay, of sampler and value; above 0 the two players overshoot each other."""
     ema: Decay = 0.999

@@ -22,9 +22,9 @@ it follows the pretrained model's score in the place of A's unless told otherwis
 c_i bounds the entropy by the data-processing inequality, against a backward chain N(k_i x_{i+1}, s_i^2). The paper takes
 k_i = 1. Ours is the path's own noising kernel, k_i = alpha_t/alpha_s, which is the same on a VE path but does not charge for
 the rescaling of the others. With A, s_i^2 stays that kernel's variance, for which the cost to go is A, if rollouts start where
-the noising ends. Where they start elsewhere (`start_where_data_are`), they have farther to go than the noising went, and s_i^2
-follows their running mean square (the paper's adaptive velocity regularisation), or going there would cost too much. A step
-without noise has no running cost.
+the noising ends. They start at the data's Gaussian (start.py); where that is far off (`SHOWN`), they have farther to go than
+the noising went, and s_i^2 follows their running mean square (the paper's adaptive velocity regularisation), or going there
+would cost too much. A step without noise has no running cost.
 
 The last step's noise is fixed, so the sampler cannot reach the data itself, only the data with that noise added: that is
 what it is held to, or the energy would learn to see the noise. `Sampler.sample` leaves the noise of the last step out.

@@ -6,7 +6,6 @@ First the levels of its steps, where none are given: `levels_for`. The loop is f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path as File
 
 import torch
@@ -27,23 +26,18 @@ from fewstep.commands import (
     unmetered,
 )
 from fewstep.config import FinetuneConfig, Source
-from fewstep.denoiser import Denoiser, OnPath
+from fewstep.denoiser import Denoiser
 from fewstep.dxmi import make_state
-from fewstep.endpoint import ignore
 from fewstep.energy import require_energy
 from fewstep.finetuning import finetune as finetune_loop
-from fewstep.goal import Goal, goals_gaussian, make_goal
-from fewstep.path import VE
+from fewstep.goal import Goal, make_goal
+from fewstep.levels import MOST_REFINED, learn_levels
 from fewstep.processes import ALONE, Processes
 from fewstep.refine import BUDGET
 from fewstep.run import fingerprint, open_run, record, require_place, require_tensorboard, resume
 from fewstep.schedule import Schedule
-from fewstep.start import FromGaussian
-from fewstep.tailor import NOISES, tailor
 
 LEARNED = "learned"  # not a schedule's name, but how fine-tuning comes by one
-MOST_REFINED = 20  # steps that get levels of their own: more are read off the curve
-SHOWS = 3  # times the data's largest standard deviation, as noise above which the data are taken for their Gaussian
 
 
 def finetune(
@@ -130,39 +124,3 @@ def levels_for(
     fits = 1 + (steps <= MOST_REFINED)
     with meter(fits * BUDGET * denoiser.evaluations, "learning levels") as tick:
         return learn_levels(denoiser, steps, goal, config, device, tick)
-
-
-def learn_levels(
-    denoiser: Denoiser,
-    steps: int,
-    goal: Goal,
-    config: FinetuneConfig,
-    device: str = "cpu",
-    tick: Callable[[int], object] = ignore,
-) -> Schedule:
-    """The schedule for ancestral sampling in so many steps (`tailor`), which is what a sampler begins as.
-
-    A sampler starts at the Gaussian of its goal (start.py), and so its first level lies where that no longer is all that can be
-    seen: it is sought from SHOWS times the data's largest standard deviation down. Without a density it starts in noise, as in
-    the paper, on a path that ends in pure noise below that, where there is something to be seen.
-    """
-    path, lower = denoiser.path, None
-    if config.density_iterations:
-        gaussian = goals_gaussian(goal, config.seed)
-        lower = float(gaussian.variances[0].sqrt())
-        highest = min(path.sigma_max, max(SHOWS * lower, 2 * path.sigma_min))
-        denoiser = OnPath(denoiser, FromGaussian(path.sigma_min, highest, gaussian))
-    elif path.ends_in_pure_noise():
-        denoiser = OnPath(denoiser, VE(path.sigma_min, path.sigma_max))
-    return tailor(
-        denoiser,
-        "ancestral",
-        [steps] if steps <= MOST_REFINED else [],
-        shape=goal.data.shape[1:],
-        cond=None if goal.labels is None else {"class_labels": goal.labels[:NOISES].to(device)},
-        batch_size=config.batch_size,
-        generator=torch.Generator().manual_seed(config.seed),
-        device=device,
-        tick=tick,
-        lower=lower,
-    )
