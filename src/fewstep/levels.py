@@ -1,7 +1,8 @@
 """On which levels does a few-step sampler learn?   On those that suit what it begins as: ancestral sampling, from its start.
 
 It starts at the Gaussian of its goal (start.py), so that no evaluation is spent where that is all that can be seen; how far
-down the first level lies is decided as for the others, by the endpoint error (tailor.py).
+down the first level lies is decided as for the others, by the endpoint error (tailor.py). No level lies below the noise that
+its last step leaves, under which its energy sees nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def learn_levels(
     if config.density_iterations:
         gaussian = goals_gaussian(goal, config.seed)
         lower = float(gaussian.variances[0].sqrt())
-        highest = min(path.sigma_max, max(SHOWS * lower, 2 * path.sigma_min))
-        denoiser = OnPath(denoiser, FromGaussian(path.sigma_min, highest, gaussian))
+        cleanest = max(path.sigma_min, min(config.last_std, path.sigma_max / 2))
+        highest = min(path.sigma_max, max(SHOWS * lower, 2 * cleanest))
+        denoiser = OnPath(denoiser, FromGaussian(cleanest, highest, gaussian))
     elif path.ends_in_pure_noise():
         denoiser = OnPath(denoiser, VE(path.sigma_min, path.sigma_max))
     return tailor(
