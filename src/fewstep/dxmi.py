@@ -135,8 +135,7 @@ class FinetuneState:
 
     @property
     def velocity_decay(self) -> float:
-        """The config's, or 1, but where rollouts start at a Gaussian that the data show not to be: farther off than the path
-        led."""
+        """The config's, or 1, but where rollouts start so low that the data's Gaussian is far from where the noising ends."""
         if self.config.velocity_decay is not None:
             return self.config.velocity_decay
         return VELOCITY_DECAY if self.sampler.shown() > SHOWN else 1.0

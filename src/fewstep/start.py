@@ -41,7 +41,8 @@ def gaussian_of(data: Tensor) -> Gaussian:
 def start_basis(gaussian: Gaussian, alpha: float, sigma: float) -> Tensor:
     """The b_k (K, *d) with which `started` has the Gaussian's covariance at a level: sigma + |b_k|^2 is the root of
     alpha^2 v_k + sigma^2."""
-    gain = (torch.sqrt(alpha**2 * gaussian.variances + sigma**2) - sigma).sqrt()
+    shown = alpha**2 * gaussian.variances
+    gain = torch.sqrt(shown / (torch.sqrt(shown + sigma**2) + sigma))  # no difference of like numbers
     return gain.reshape(-1, *[1] * gaussian.mean.ndim) * gaussian.components
 
 
