@@ -367,12 +367,13 @@ def test_a_start_where_the_data_are_has_their_moments(sigma_max: float) -> None:
     assert torch.equal(more, x)
 
 
-@pytest.mark.parametrize("sigma", torch.logspace(-2, 2, 30).tolist())
-def test_a_start_is_finite_where_some_pixels_never_vary(sigma: float) -> None:
+def test_a_start_is_finite_where_some_pixels_never_vary() -> None:
+    """sqrt(0 + sigma^2) - sigma is below 0 for one sigma in twelve, and has no root."""
     data = torch.cat([torch.randn(100, 5, generator=seeded()), torch.full((100, 20), -1.0)], 1)
-    noise = torch.randn(1000, 25, generator=seeded(1))
-    x = FromGaussian(0.01, 200.0, gaussian_of(data)).start_from(noise, VE(0.01, 200.0).time(math.atan(sigma)))
-    torch.testing.assert_close(x[:, 5:], -1 + sigma * noise[:, 5:], rtol=1e-4, atol=1e-4)
+    path, noise = FromGaussian(0.01, 200.0, gaussian_of(data)), torch.randn(50, 25, generator=seeded(1))
+    for sigma in (40 * torch.rand(200, generator=seeded(2), dtype=torch.float64) + 0.1).tolist():
+        x = path.start_from(noise, path.time(math.atan(sigma)))
+        torch.testing.assert_close(x[:, 5:], -1 + sigma * noise[:, 5:], rtol=1e-4, atol=1e-3)
 
 
 def test_a_start_lies_where_the_ode_of_the_gaussian_leads() -> None:
