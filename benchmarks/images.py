@@ -66,12 +66,12 @@ SHOWN = 32  # samples in a picture, of seed 0
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
 SHORT_RUN = FinetuneConfig(density_iterations=600, batch_size=32)
-PER_STEP = 75  # iterations of a short run for each of its steps, whose transitions take turns
+PER_STEP = 75  # iterations of MNIST's for each of its steps, whose transitions take turns
 TUNED = "fine-tuned"
 FINETUNE = {
     "digits": FinetuneConfig(),
     "mnist_slim": SHORT_RUN,
-    "fashion": replace(SHORT_RUN, critic_steps=4, lr_value=3e-4),
+    "fashion": replace(SHORT_RUN, iterations=300, critic_steps=4, lr_value=3e-4),
 }
 MOVED = "ancestral from the data's Gaussian"  # what a sampler begins as
 QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=32, verdict_doublings=0)
@@ -253,7 +253,7 @@ class Subject:
 
     def finetune_config(self, cell: Cell) -> FinetuneConfig:
         config = replace(FINETUNE[self.name], seed=cell.seed)
-        if self.name != "digits":
+        if self.name == "mnist_slim":
             config = replace(config, iterations=PER_STEP * cell.steps)
         return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
