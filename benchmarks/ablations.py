@@ -153,7 +153,7 @@ def learned(
     return state, about
 
 
-def run(model: str, file: Path, seeds: int, quick: bool) -> None:
+def run(model: str, file: Path, seeds: int, quick: bool, only: list[str] | None) -> None:
     data, denoiser, count = load_data("digits"), models.load_denoiser(model), 100 if quick else COUNT
     for seed in range(seeds):
         finished = {row["row"] for row in read_lines(file) if row["seed"] == seed}
@@ -163,7 +163,7 @@ def run(model: str, file: Path, seeds: int, quick: bool) -> None:
             print(f"{row}, seed {seed}: {found}", flush=True)
 
         for name, (steps, changed) in TRAINED.items():
-            if name in finished:
+            if name in finished or (only and name not in only):
                 continue
             config = FinetuneConfig(**changed, seed=seed)
             if quick:
@@ -208,12 +208,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="RUN", help="folder of `fewstep train --data digits`")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=TRAINED, metavar="ROW", help="only these rows of the trained ones")
     parser.add_argument("--quick", action="store_true", help="a check that everything runs")
     parser.add_argument("--rows", type=Path, help="the file of finished rows; default runs/ablations.jsonl")
     args = parser.parse_args()
     file = args.rows or HERE.parent / "runs" / ("ablations_quick.jsonl" if args.quick else "ablations.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    run(args.model, file, args.seeds, args.quick)
+    run(args.model, file, args.seeds, args.quick, args.only)
     result = document(file)
     write_json(file.with_suffix(".json") if args.quick else Path(__file__).with_suffix(".json"), result)
     print(ablations(result))
