@@ -98,7 +98,7 @@ def test_fine_tuning_learns_its_levels_where_none_are_given_and_goes_on_with_the
     assert own < 0.7 * usual
     # a repeated command takes the levels that are there; other levels belong to another folder
     (tmp_path / "f" / "sampler.safetensors").unlink()
-    monkeypatch.setattr(tune, "tailor", None)
+    monkeypatch.setattr(tune, "learn_levels", None)
     fewstep(*run)
     assert "learned_levels was True" in fewstep(*run, "--schedule", "karras", expect=2, capsys=capsys)
 
