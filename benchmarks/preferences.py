@@ -88,12 +88,14 @@ def pretrain(data: Data, seed: int, iterations: int) -> Denoiser:
 
 
 def taught(denoiser: Denoiser, data: Data, config: FinetuneConfig, reward: Reward | None, weight: float) -> Sampler:
-    """A sampler on the levels that it learns, fine-tuned with a reward of this weight."""
+    """A sampler on the levels that it learns, fine-tuned with a reward of this weight: the state that is best on held-out
+    digits, tilted as the goal is, as `fewstep finetune` keeps it."""
     goal = make_goal(data.train, reward=reward, weight=weight)
     times = learn_levels(denoiser, STEPS, goal, config).times(denoiser.path, STEPS)
     state = make_state(denoiser, times, config, data.shape)
-    for _ in finetune(state, goal):
+    for _ in finetune(state, goal, make_goal(data.test, reward=reward, weight=weight, least=1.0)):
         pass
+    state.restore_best()
     return state.averaged.module
 
 

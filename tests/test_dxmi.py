@@ -943,3 +943,17 @@ def test_a_model_whose_noisiest_level_shows_the_data_is_started_where_they_are()
     assert torch.equal(again.averaged.module.start_from(noise), state.averaged.module.start_from(noise))
     assert torch.allclose(x.std(0), torch.tensor([math.hypot(30, 10), 10.0]), rtol=0.07)
     assert torch.allclose(x.mean(0), torch.full((2,), 20.0), atol=2)
+
+
+def test_the_kept_state_of_a_reward_is_the_one_closest_to_the_tilted_data(monkeypatch):
+    """Samples that are drawn as the reward asks are far from the held-out data, and near to the held-out data so drawn."""
+    data = torch.randn(3000, 2, generator=torch.Generator().manual_seed(0))
+    tilted = make_goal(data[:1500], reward=lambda x: x[:, 0], weight=1.0)
+    wanted = data[1500:][
+        make_goal(data[1500:], reward=lambda x: x[:, 0], weight=1.0).rows(1000, torch.Generator().manual_seed(1))
+    ]
+    state = state_of(iterations=4, density_iterations=0)
+    state.step = state.total
+    monkeypatch.setattr(state.averaged.module, "sample", lambda *_: wanted)
+    near, far = keep_best(state, tilted)["held_out_sw"], keep_best(state, Goal(data[:1500]))["held_out_sw"]
+    assert near < 0.25 < 0.5 < far

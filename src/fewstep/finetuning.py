@@ -54,14 +54,16 @@ def lost(state: FinetuneState, found: Mapping[str, float]) -> bool:
 
 def keep_best(state: FinetuneState, held_out: Goal | None, processes: Processes = ALONE) -> dict[str, float]:
     """Now and then, hold the averaged sampler against held-out data, by a distance and by what the averaged energy makes of
-    both: {"held_out_sw": .., "held_out_auroc": ..}; keeps the best by the distance in state.best. Nothing, where a number is
-    not finite: `complaint` says it, and the best state stays."""
+    both: {"held_out_sw": .., "held_out_auroc": ..}; keeps the best by the distance in state.best. With a reward the data are
+    drawn as it tilts them. Nothing, where a number is not finite: `complaint` says it, and the best state stays."""
     done = state.step - state.config.density_iterations
     if held_out is None or done <= 0 or (done % JUDGE_EVERY and state.step < state.total):
         return {}
-    sampler, g, data = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0), held_out.data[:FEW]
+    sampler, g, n = cast(Sampler, state.averaged.module), torch.Generator().manual_seed(0), min(FEW, len(held_out.data))
+    drawn = torch.arange(n) if held_out.shares is None else held_out.rows(FEW, torch.Generator().manual_seed(0))
+    data = held_out.data[drawn.to(held_out.data.device)]
     rows = torch.arange(len(data)).repeat(math.ceil(FEW / len(data)))  # few data need as many samples, or noise chooses
-    start, cond = sampler.start(len(rows), tuple(data.shape[1:]), g), condition(held_out, rows)
+    start, cond = sampler.start(len(rows), tuple(data.shape[1:]), g), condition(held_out, drawn[rows])
     x = sampler.sample(start, g, cond)
     distance = sliced_wasserstein(x, data, DIRECTIONS, g) if bool(torch.isfinite(x).all()) else math.nan
     value, told = cast(Value, state.averaged_value.module), []

@@ -33,8 +33,11 @@ class Goal(NamedTuple):
         return torch.multinomial(self.shares, n, replacement=True, generator=generator)
 
 
-def make_goal(data: Tensor, labels: Tensor | None = None, reward: Reward | None = None, weight: float = 1.0) -> Goal:
-    """Raises ValueError where the reward fails, is not one finite number per sample, or leaves hardly any data to learn."""
+def make_goal(
+    data: Tensor, labels: Tensor | None = None, reward: Reward | None = None, weight: float = 1.0, least: float = 20.0
+) -> Goal:
+    """Raises ValueError where the reward fails, is not one finite number per sample, or leaves fewer than `least` data in
+    effect."""
     if reward is None:
         return Goal(data, labels)
     try:
@@ -47,7 +50,7 @@ def make_goal(data: Tensor, labels: Tensor | None = None, reward: Reward | None 
         raise ValueError(f"a reward returns one finite number per sample, (b,); got shape {tuple(each.shape)} for {len(data)}")
     shares = torch.softmax(weight * each, 0)
     left = float(1 / (shares**2).sum())
-    if left < 20:
+    if left < least:
         raise ValueError(f"with weight {weight:g} the reward leaves {left:.1f} of {len(data)} data in effect; lower the weight")
     return Goal(data, labels, reward, weight, shares)
 

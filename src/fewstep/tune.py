@@ -102,7 +102,8 @@ def finetune(
             schedule.save(out / SCHEDULE)
     processes.wait()
     resume(out, state, processes.index == 0)
-    loop = finetune_loop(state, goal, Goal(data.test.to(device), test_labels), processes)
+    held_out = make_goal(data.test.to(device), test_labels, worth, reward_weight, least=1.0)
+    loop = finetune_loop(state, goal, held_out, processes)
     if processes.index == 0:
         loop = record(out, state, loop, tensorboard=tensorboard)
     for _ in track(loop, state.total - state.step, f"fine-tuning {steps} steps"):
