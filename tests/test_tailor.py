@@ -475,6 +475,19 @@ def test_a_budget_is_refused_before_the_model_is_asked(noises, path):
     assert 0 < refused < 12
 
 
+@pytest.mark.parametrize("lower", [None, 2.0])
+def test_a_budget_for_many_steps_is_refused_before_the_model_is_asked(lower):
+    refused = 0
+    for budget in range(7_000, 12_000, 500):
+        model = Undifferentiated(ring(path=VE(0.05, 20.0)))
+        try:
+            tailor(model, "euler", [20], noises=64, budget=budget, lower=lower)
+        except ValueError:
+            refused += 1
+            assert model.samples == 0
+    assert 0 < refused < 10
+
+
 def test_the_budget_that_a_refusal_asks_for_will_do():
     budget = enough(64)
     assert tailor(ring(), "euler", noises=64, budget=budget + 60).provenance["evaluations"] <= budget + 60

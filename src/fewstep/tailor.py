@@ -117,10 +117,12 @@ def shares(solver: str, noises: int, budget: int, spent: int) -> tuple[int, int]
     return judged, moved
 
 
-def require_budget(denoiser: Denoiser, solver: str, steps: Sequence[int], budget: int, noises: int) -> None:
+def require_budget(
+    denoiser: Denoiser, solver: str, steps: Sequence[int], budget: int, noises: int, lower: float | None = None
+) -> None:
     """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
     shares(solver, noises, budget, noises * steps_of_reference(denoiser, LEVELS) + DRAWS * LEVELS)
-    starts = len(free_schedules(0.1, 1.0)) + 3
+    starts = len(free_schedules(0.1, 1.0)) + 3 + len(CONTENDERS) * (lower is not None)
     for n in steps:
         noises_for(solver, n, starts + (n > 1), budget)  # and DMN's
 
@@ -257,7 +259,7 @@ def tailor(
     noise = draw_noise(noises, shape_of(denoiser, shape), generator, device)
     if start is not None:
         denoiser, sigma_max = Midway(denoiser, start, sigma_min, sigma_max), None
-    require_budget(denoiser, solver, steps, budget, noises)
+    require_budget(denoiser, solver, steps, budget, noises, lower)
     low, high = level_range(denoiser, sigma_min, sigma_max)
     about: dict[str, Any] = {"cond": cond, "batch_size": batch_size, "tick": tick}
     known = reference(denoiser, noise, levels=LEVELS, sigma_min=low, sigma_max=high, **about)
