@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,18 @@ from fewstep.training import averaged
 SPREAD = 0.025  # of tau D A over the data, in units of C, which gamma = 1 confines to +-1/2
 LOOK_EVERY = 50  # iterations; runs are saved, looked at and taken back at multiples, where no rollout is left over
 FIRST_PACE, PACE_EVERY = 0.1, 10  # the trust region's first share of the rate; iterations between two looks
-AVERAGE_EVERY = 5  # iterations: an average over a thousand does not miss the ones between
+AVERAGE_EVERY = 10  # iterations: an average over a thousand does not miss the ones between
 SHOWN = 4.0  # variance of the data over the noise's, at the start, from which on the running cost follows the rollouts' moves
 VELOCITY_DECAY = 0.99
 FEW = 1000  # data that a statistic is taken over, and samples to hold against held-out data
+
+
+class Rollouts(NamedTuple):
+    """states (N+1, b, *d); what the sampler was told; the states' density A (N+1, b), which does not learn any more, if any."""
+
+    states: Tensor
+    cond: Cond
+    density: Tensor | None
 
 
 class FinetuneState:
@@ -65,10 +73,10 @@ class FinetuneState:
     that the trust region leaves. best: what is `kept` of the state with the least `held_out_sw`, where data are held out, and
     its measures. model: a copy of the pretrained denoiser where its score is followed, else None; alpha, sigma and model_times
     (N+1,): the levels of the states before each step, and its time for them; knows_last: whether it is any good at the last one
-    (`model_denoises`). rollouts: states (N+1, b, *d) that transitions are taken from, and their condition; not saved.
+    (`model_denoises`). rollouts: what transitions are taken from; not saved.
     """
 
-    rollouts: tuple[Tensor, Cond] | None
+    rollouts: Rollouts | None
 
     def __init__(self, sampler: Sampler, value: Value, config: FinetuneConfig, model: Denoiser | None = None):
         if value.steps != sampler.steps:
@@ -251,41 +259,37 @@ def value_step(
     state: FinetuneState,
     goal: Goal,
     batches: list[tuple[Tensor, Cond]],
-    states: Tensor,
+    rollouts: Rollouts,
     i: Tensor,
-    cond: Cond = None,
     processes: Processes = ALONE,
 ) -> dict[str, float]:
-    """A step of energy and value together on each batch of data (b, *d) and on rollouts (N+1, b, *d), which stay the same.
+    """A step of energy and value together on each batch of data (b, *d) and on the rollouts, which stay the same.
 
     i: (b,), the step of each rollout whose transition the value learns from. Returns the metrics of the first batch, and the
     largest norm of the gradient, or one that is not finite.
     """
-    value, steps, b = state.value, state.sampler.steps, states.shape[1]
-    rows = torch.arange(b, device=states.device)
-    now, last = i * b + rows, steps * b + rows  # of the states one after another, ((N+1) b, *d)
-    needed, index = torch.cat([now, now + b, last]).unique(return_inverse=True)
-    now, later, last = index.chunk(3)
-    x, j, own = states.flatten(0, 1)[needed], needed // b, chosen(cond, needed % b)
+    value, steps, (states, cond, density) = state.value, state.sampler.steps, rollouts
+    row = torch.arange(len(i), device=i.device)
+    x, x_next, ends, finished = states[i, row], states[i + 1, row], states[-1], i == steps - 1
     with torch.no_grad():
-        costs = running_cost(state, i, x[now], x[later], state.sampler.std()[i])
+        costs = running_cost(state, i, x, x_next, state.sampler.std()[i])
         if value.shared:
             costs = time_cost(state.config.time_cost, steps).to(x)[i]
-        if value.density_net is not None:
-            density = value.density(x, j, own)
-            costs = costs + value.tau * (density[later] - density[now])
-        finished = i == steps - 1
-        costs[finished] += reward_cost(state, goal, x[later[finished]])
+        if density is not None:
+            costs = costs + value.tau * (density[i + 1, row] - density[i, row])
+        costs[finished] += reward_cost(state, goal, x_next[finished])
     found, norms = dict[str, Tensor](), list[float]()
     for data, data_cond in batches:
-        both = torch.cat([x, data]), torch.cat([j, j.new_full((b,), steps)]), joined([own, data_cond])
-        generated, of_data = value.correction(*both).split((len(x), b))
-        of_generated, target = generated[last], generated[later].detach() + costs
+        with torch.no_grad():
+            target = value.correction(x_next, i + 1, cond) + costs
         if not value.shared:  # only differences within a step matter, and the constants of A are arbitrary
             target = target - mean_of_step(target, i, steps, processes)[i]
+        j = torch.cat([i, i.new_full((len(i) + len(data),), steps)])
+        every = value.correction(torch.cat([x, ends, data]), j, joined([cond, cond, data_cond]))
+        of_now, of_generated, of_data = every.split([len(x), len(ends), len(data)])
         gap = of_data.mean() - of_generated.mean()
         energy_loss = gap + state.config.gamma * ((of_data**2).mean() + (of_generated**2).mean())
-        value_loss = ((target - generated[now]) ** 2).mean()
+        value_loss = ((target - of_now) ** 2).mean()
         # the paper takes one gradient step per level: a mean over the levels would slow each of them down N times
         norms.append(take_step(state.value_optimiser, energy_loss + steps * value_loss, processes))
         if not found:
@@ -454,6 +458,17 @@ def roll_out(sampler: Sampler, start: Tensor, noise: Tensor, cond: Cond) -> Tens
     return torch.stack(states)
 
 
+@torch.no_grad()
+def with_density(value: Value, states: Tensor, cond: Cond) -> Rollouts:
+    """Rollouts of states (N+1, b, *d), with the density of each if the value has one."""
+    if value.density_net is None:
+        return Rollouts(states, cond, None)
+    levels, b = states.shape[:2]
+    i = torch.arange(levels, device=states.device).repeat_interleave(b)
+    density = value.density(states.flatten(0, 1), i, joined([cond] * levels))
+    return Rollouts(states, cond, density.reshape(levels, b))
+
+
 def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> dict[str, float]:
     """One iteration: of the density, or rollout, value and energy, sampler, averages. Each process takes its share."""
     config, sampler, steps = state.config, state.sampler, state.sampler.steps
@@ -475,17 +490,18 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
     in_half = torch.autocast(data.device.type, torch.bfloat16, enabled=config.bf16)
     if fresh:
         with in_half:
-            state.rollouts = roll_out(sampler, sampler.start_from(of_rollouts[0]), of_rollouts[1:], conds[0]), conds[0]
+            found = roll_out(sampler, sampler.start_from(of_rollouts[0]), of_rollouts[1:], conds[0])
+        state.rollouts = with_density(state.value, found, conds[0])
+        if state.velocity_decay < 1:  # as often as there are iterations
+            i = torch.arange(steps, device=data.device).repeat_interleave(found.shape[1])
+            squared = squared_velocity(state, i, found[:-1].flatten(0, 1), found[1:].flatten(0, 1)).reshape(steps, -1)
+            state.back_variance.lerp_(processes.average(squared.mean(1)), 1 - state.velocity_decay**served)
     assert state.rollouts is not None
-    states, cond = state.rollouts
-    if state.velocity_decay < 1:
-        i = torch.arange(steps, device=data.device).repeat_interleave(states.shape[1])
-        squared = squared_velocity(state, i, states[:-1].flatten(0, 1), states[1:].flatten(0, 1))
-        state.back_variance.lerp_(processes.average(squared.reshape(steps, -1).mean(1)), 1 - state.velocity_decay)
+    states, cond, _ = state.rollouts
 
     smoothed = data + float(sampler.last_std) * last
     i = processes.share((torch.arange(b) * steps // b + done) % steps).to(data.device)  # as many of each step
-    metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), states, i, cond, processes)
+    metrics = value_step(state, goal, list(zip(smoothed, conds, strict=True)), state.rollouts, i, processes)
     x = states[i, torch.arange(len(i), device=data.device)]
     with in_half:
         law = sampler.step(x, i, cond)
