@@ -153,7 +153,7 @@ class Condition:
 class FinetuneConfig:
     """How a few-step sampler and its energy are learned together (DxMI). Costs are means per dimension, in nats."""
 
-    iterations: Count = 5000
+    iterations: Count = 3500
     """Iterations: `critic_steps` of the value and energy and one step of the sampler, on one transition of each rollout."""
     density_iterations: Annotated[int, Field(ge=0)] = 1500
     """Iterations before these, in which the density of the data is learned, which the energy then starts from and is held
