@@ -437,7 +437,7 @@ def draw(folder: Path, name: str, rows: list[dict], file: Path) -> None:
         axis.axis("off")
     for axis, (title, panel) in zip(axes.flat, panels, strict=False):
         axis.imshow(report.tile(load_tree(panel)["x"], 8), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=7)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

@@ -26,6 +26,7 @@ from fewstep.networks import scalar_net
 from fewstep.sampler import Sampler
 
 PUBLISHED_TAU = 0.1  # in two dimensions
+SIGMA = 0.5  # of data in [-1, 1]: the middle of a broad optimum on digits (docs/log.md)
 
 
 class Value(nn.Module):
@@ -202,7 +203,7 @@ def mean_energy(value: Value, x: Tensor, std: float, draws: int = 16) -> Tensor:
 
 
 @torch.no_grad()
-def denoising_error(denoiser: Denoiser, x: Tensor, sigma: float = 0.5, draws: int = 16) -> Tensor:
+def denoising_error(denoiser: Denoiser, x: Tensor, sigma: float = SIGMA, draws: int = 16) -> Tensor:
     """What a diffusion model alone says: the mean square, per dimension, between samples x (b, *d) and what it makes of them
     noised to sigma/alpha, over draws of noise that are the same for every x: (b,). draws evaluations of each."""
     path, g = denoiser.path, torch.Generator().manual_seed(0)

@@ -81,22 +81,26 @@ def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
         int(n): {name: error for name, error in row["errors"].items() if name not in row.get("given_up", {})}
         for n, row in verdict["steps"].items()
     }
+    colours = {"learned": "C2", "default": "k"} | dict.fromkeys(LEARNED_CURVES, "yellowgreen")
+    others = iter(["C0", "C1", "C3", "C4", "C5", "C6", "C9", "C7", "C8"])
     for name in dict.fromkeys(name for errors in rows.values() for name in errors):
-        colour = {"learned": "C2", "default": "C0"}.get(name, "yellowgreen" if name in LEARNED_CURVES else "0.7")
-        marker = "v" if name.endswith("to data") or name == "dmn" else "o"
-        axis.loglog(
-            list(rows), [errors.get(name) or math.nan for errors in rows.values()], marker + "-", color=colour, ms=4, lw=1
-        )
-        if name in ("learned", "default"):
-            axis.plot([], [], marker + "-", color=colour, ms=4, lw=1, label=name)
+        family = name.removesuffix(" to data")
+        new = family not in colours
+        if new:
+            colours[family] = next(others, "0.7")
+        free, line = family not in ("learned", "default"), "v-" if name.endswith("to data") or name == "dmn" else "o-"
+        style: dict[str, Any] = {"color": colours[family], "ms": 4, "lw": 1, "alpha": 0.6 if free else 1.0}
+        axis.loglog(list(rows), [errors.get(name) or math.nan for errors in rows.values()], line, **style)
+        if new or not free:
+            axis.plot([], [], line, **style, label=family)
     if any(name in LEARNED_CURVES for errors in rows.values() for name in errors):
-        axis.plot([], [], "o-", color="yellowgreen", ms=4, lw=1, label="learned curves: equal local error, equal entropy")
-    axis.plot([], [], "o-", color="0.7", ms=4, lw=1, label="free, down to sigma_min and then data")
-    axis.plot([], [], "v-", color="0.7", ms=4, lw=1, label="free, to data")
+        axis.plot([], [], "o-", color="yellowgreen", ms=4, lw=1, label=", ".join(LEARNED_CURVES))
+    axis.plot([], [], "ko", ms=4, label="down to sigma_min and then data")
+    axis.plot([], [], "kv", ms=4, label="to data")
     axis.set_xticks(list(rows), [f"{n}" for n in rows])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel=f"steps of {verdict['solver']}", ylabel=f"{verdict['measure']}, up to {verdict['noises']} unseen noises")
-    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    axis.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(-0.12, 1))
     _save(figure, file)
 
 

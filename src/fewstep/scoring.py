@@ -22,13 +22,12 @@ from fewstep.commands import Track, data_settings, load, model_settings, require
 from fewstep.config import Source
 from fewstep.data import load_samples
 from fewstep.denoiser import Denoiser
-from fewstep.energy import denoising_error, mean_energy
+from fewstep.energy import SIGMA, denoising_error, mean_energy
 from fewstep.metrics import auroc
 from fewstep.run import fingerprint, open_run, require_free, write_json
 
 SCORES, TABLE = "scores.npz", "scores.json"
 HELD_OUT = "held_out"
-SIGMA = 0.5  # of data in [-1, 1]: the middle of a broad optimum on digits (docs/log.md)
 BATCH = 500
 
 
