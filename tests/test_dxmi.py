@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fewstep import dxmi, finetuning
 from fewstep.config import FinetuneConfig
-from fewstep.denoiser import OnPath, to_score
+from fewstep.denoiser import Denoiser, OnPath, to_score
 from fewstep.dxmi import FinetuneState, Rollouts, make_state, running_cost, sampler_step, value_step, with_density
 from fewstep.energy import Value, density_loss, make_value
 from fewstep.finetuning import doubt, finetune, keep_best
@@ -25,6 +25,7 @@ from fewstep.path import VE, VP, Cosine, Linear, Tabulated
 from fewstep.run import load_tree, record
 from fewstep.sampler import Sampler, in_steps, posterior_std
 from fewstep.schedule import karras
+from fewstep.solvers import ancestral_std
 from fewstep.training import make_denoiser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -388,7 +389,7 @@ def test_posterior_noise_keeps_a_gaussian_exactly_on_its_path(path):
     sampler = Sampler(OnPath(Mixture(torch.zeros(1, 2), 1.0), path), karras(0.1, 10).times(path, 4))
     g = torch.Generator().manual_seed(0)
     data, noise = torch.randn(2, 100_000, 2, generator=g)
-    sampler.log_std.data = posterior_std(sampler, data, noise).log().float()
+    sampler.set_noise(posterior_std(sampler, data, noise))
     start = path.noised(torch.randn(100_000, 2, generator=g), torch.randn(100_000, 2, generator=g), sampler.times[0])
     for i, x in enumerate(sampler.rollout(start, g)[:-1]):
         t = sampler.times[i]
@@ -396,19 +397,49 @@ def test_posterior_noise_keeps_a_gaussian_exactly_on_its_path(path):
 
 
 @pytest.mark.parametrize("path", [VE(0.05, 20), VP(), Linear()], ids=repr)
+def test_a_dimension_that_never_varies_gets_ancestral_noise_and_no_more(path):
+    """Data N(0, 1) in one dimension, 0 in the other: with the posterior's noise the states of both have the path's variance."""
+
+    class Half(Denoiser):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.path, self.shape = OnPath(Mixture(torch.zeros(1, 2), 1.0), path), path, (2,)
+
+        def forward(self, x, t, cond=None):
+            return self.inner(x, t) * torch.tensor([1.0, 0.0])
+
+    sampler, g = Sampler(Half(), karras(0.1, 10).times(path, 4), last_std=0.1), torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 100_000, 2, generator=g)
+    data[:, 1] = 0
+    sampler.set_noise(posterior_std(sampler, data, noise))
+    ancestral = ancestral_std(path, sampler.times[:-1], sampler.times[1:])[:-1].float()
+    torch.testing.assert_close(sampler.noise()[:-1, 1], ancestral)
+    assert bool((sampler.noise()[:-1, 0] > 1.02 * ancestral).all())
+    torch.testing.assert_close(sampler.std()[:-1], sampler.noise()[:-1].prod(1).sqrt())
+    start = path.noised(data, torch.randn(100_000, 2, generator=g), sampler.times[0])
+    for i, x in enumerate(sampler.rollout(start, g)[:-1]):
+        alpha, sigma = path.alpha(sampler.times[i]), path.sigma(sampler.times[i])
+        wanted = torch.stack([alpha**2 + sigma**2, sigma**2]).float()
+        torch.testing.assert_close(x.float().var(0), wanted, rtol=0.02, atol=0)
+    again = Sampler(Half(), sampler.times, 0.1)
+    again.load_state_dict(sampler.state_dict())
+    assert torch.equal(again.noise(), sampler.noise())
+
+
+@pytest.mark.parametrize("path", [VE(0.05, 20), VP(), Linear()], ids=repr)
 def test_another_number_of_steps_takes_the_noises_along(path):
     """4 steps in 2: their levels are the 4 steps' own, and so is the noise that the posterior gives to that step."""
     sampler = Sampler(OnPath(Mixture(torch.zeros(1, 2), 1.0), path), karras(0.1, 10).times(path, 4), last_std=0.1)
     data, noise = torch.randn(2, 1000, 2, generator=torch.Generator().manual_seed(0))
-    sampler.log_std.data = posterior_std(sampler, data, noise).log().float()
+    sampler.set_noise(posterior_std(sampler, data, noise))
     same, half, one, twice = (in_steps(sampler, steps) for steps in (4, 2, 1, 8))
     assert torch.allclose(same.times, sampler.times, rtol=1e-9)
-    assert torch.allclose(same.std(), sampler.std(), rtol=1e-4)
+    assert torch.allclose(same.noise(), sampler.noise(), rtol=1e-4)
     assert torch.allclose(half.times, sampler.times[[0, 2, 4]], rtol=1e-9)
-    assert torch.allclose(half.std()[:-1], posterior_std(half, data, noise).float(), rtol=1e-3)
+    assert torch.allclose(half.noise()[:-1], posterior_std(half, data, noise).float(), rtol=1e-3)
     assert one.times.tolist() == pytest.approx(sampler.times[[0, 4]].tolist())
     assert torch.allclose(twice.times[[0, 2, 4, 6, 8]], sampler.times, rtol=1e-9)
-    assert torch.allclose(twice.std()[:-1], posterior_std(twice, data, noise).float(), rtol=0.02)
+    assert torch.allclose(twice.noise()[:-1], posterior_std(twice, data, noise).float(), rtol=0.02)
     assert twice.std()[-1] == sampler.std()[-1]
     assert twice.denoiser is sampler.denoiser
 
@@ -420,14 +451,14 @@ def test_more_steps_stay_in_the_models_range_and_interpolate_the_error(path):
     sampler = Sampler(
         OnPath(Mixture(torch.zeros(1, 2), 0.3), path), karras(path.sigma_min, min(path.sigma_max, 20)).times(path, 4)
     )
-    sampler.log_std.data = posterior_std(sampler, 0.3 * data, noise).log().float()
+    sampler.set_noise(posterior_std(sampler, 0.3 * data, noise))
     more = in_steps(sampler, 7)
     assert bool((path.ratio(more.times[:-1]) > 0.99 * path.sigma_min).all())
     assert torch.allclose(more.times[[0, 2, 4, 6]], sampler.times[:4], rtol=1e-6)
     exact = posterior_std(more, 0.3 * data, noise).float()
-    assert torch.allclose(more.std()[:-1][[0, 2, 4]], exact[[0, 2, 4]], rtol=1e-3)
-    assert torch.allclose(more.std()[:5], exact[:5], rtol=0.15)
-    assert torch.allclose(more.std()[5], exact[5], rtol=0.5)  # starts below the last level whose error is known
+    assert torch.allclose(more.noise()[:-1][[0, 2, 4]], exact[[0, 2, 4]], rtol=1e-3)
+    assert torch.allclose(more.noise()[:5], exact[:5], rtol=0.15)
+    assert torch.allclose(more.noise()[5], exact[5], rtol=0.5)  # starts below the last level whose error is known
 
 
 def test_where_the_samples_are_the_data_the_energy_stays_at_the_density():

@@ -369,9 +369,10 @@ def divergence(state: FinetuneState, before: Transition, x: Tensor, i: Tensor, c
 
     Those that have noise, that is; where none has (one step, last_std 0), as if they had a noise of .1.
     """
-    squared = ((state.sampler.step(x, i, cond).mean - before.mean) ** 2).flatten(1).sum(1)
     noisy = state.noisy[i]
-    return float((squared[noisy] / (2 * before.std[noisy] ** 2)).mean() if bool(noisy.any()) else squared.mean() / 0.02)
+    std = torch.where(broadcast(noisy, x).bool(), before.deviation(), 0.1)
+    nats = (((state.sampler.step(x, i, cond).mean - before.mean) / std) ** 2 / 2).flatten(1).sum(1)
+    return float(nats[noisy].mean() if bool(noisy.any()) else nats.mean())
 
 
 def keep_pace(state: FinetuneState, found: float) -> None:
@@ -426,7 +427,7 @@ def start_sampler(state: FinetuneState, goal: Goal) -> None:
     rows = goal.rows(FEW, state.generator)
     noise = torch.randn(2, len(rows), *goal.data.shape[1:], generator=state.generator)
     data, cond = goal.data[rows.to(goal.data.device)], condition(goal, rows)
-    sampler.log_std.copy_(posterior_std(sampler, data, noise[0].to(data), cond).log())
+    sampler.set_noise(posterior_std(sampler, data, noise[0].to(data), cond))
     state.first_std = sampler.std()[:-1].clone()
     state.value.load_state_dict(state.averaged_value.module.state_dict())
     if config.tau is None:

@@ -4,8 +4,10 @@
 
 std0 is ancestral sampling's, so an untrained Sampler *is* the ancestral sampler; std is learned from there, apart from the
 mean, except in the last step (to exact data), where it is fixed.
-Ancestral noise is right if x0 is known; `posterior_std` gives what few, long steps need, where it is not. The error of x0 that
-it adds depends on the level that a step starts from alone, so that `in_steps` can take a sampler to another number of steps.
+Ancestral noise is right if x0 is known; `posterior_std` gives what few, long steps need, where it is not: more, and more in
+some dimensions than in others (`noise_scale`), or a border that is the same in all data would get the noise of what is not. The
+error of x0 that it adds depends on the level that a step starts from alone, so that `in_steps` can take a sampler to another
+number of steps.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from fewstep.start import Gaussian, start_basis, started
 
 
 class Transition(NamedTuple):
-    """N(mean, std^2 I): mean (b, *d), std () or (b,)."""
+    """N(mean, std^2 diag(scale^2)): mean (b, *d), std () or (b,), scale (*d) or (b, *d) with a geometric mean of 1."""
 
     mean: Tensor
     std: Tensor
+    scale: Tensor | float = 1.0
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """A reparametrised draw: differentiable in mean and std."""
@@ -38,18 +41,24 @@ class Transition(NamedTuple):
 
     def at(self, noise: Tensor) -> Tensor:
         """The draw that standard normal noise (b, *d) stands for."""
-        return self.mean + broadcast(self.std, self.mean) * noise
+        return self.mean + self.deviation() * noise
+
+    def deviation(self) -> Tensor:
+        """Of each dimension: like mean, or what broadcasts to it."""
+        return broadcast(self.std, self.mean) * self.scale
 
 
 class Sampler(nn.Module):
     """denoiser: trainable, on its own path. times: (N+1,) strictly decreasing. last_std: noise of the last step.
 
-    start_mean (*d) and start_basis (K, *d): where rollouts start (`start_where_data_are`); None for noise alone.
+    start_mean (*d) and start_basis (K, *d): where rollouts start (`start_where_data_are`); None for noise alone. noise_scale
+    (N, *d): each dimension's share of the steps' noise (`set_noise`); None for 1.
     """
 
     times: Tensor
     start_mean: Tensor | None
     start_basis: Tensor | None
+    noise_scale: Tensor | None
     of_x: Tensor
     of_x0: Tensor
     last_std: Tensor
@@ -72,9 +81,10 @@ class Sampler(nn.Module):
         self.log_std = nn.Parameter(std[:-1].log().float())
         self.register_buffer("start_mean", None)
         self.register_buffer("start_basis", None)
+        self.register_buffer("noise_scale", None)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        for name in ("start_mean", "start_basis"):  # of the data's shape, which only the file knows
+        for name in ("start_mean", "start_basis", "noise_scale"):  # of the data's shape, which only the file knows
             found = state_dict.get(prefix + name)
             setattr(self, name, None if found is None else torch.empty_like(found, device=self.log_std.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -101,8 +111,27 @@ class Sampler(nn.Module):
         return alpha, sigma
 
     def std(self) -> Tensor:
-        """The noise of every step: (N,)."""
+        """The noise of every step, the geometric mean of its dimensions': (N,)."""
         return torch.cat([self.log_std.exp(), self.last_std])
+
+    def noise(self) -> Tensor:
+        """That of every step in each dimension: (N, *d), or (N,) if it is the same in all."""
+        std, scale = self.std().detach(), self.noise_scale
+        return std if scale is None else broadcast(std, scale) * scale
+
+    @torch.no_grad()
+    def set_noise(self, std: Tensor) -> None:
+        """Give every step but the last this noise, (N-1, *d), or (N-1,) if it is the same in all dimensions.
+
+        Its geometric mean over dimensions goes on being learned, each dimension's share of it does not.
+        """
+        log = std.double().log()
+        mean = log.flatten(1).mean(1) if log.ndim > 1 else log
+        self.log_std.copy_(mean)
+        self.noise_scale = None
+        if log.ndim > 1:
+            last = log.new_ones(1, *log.shape[1:])
+            self.noise_scale = torch.cat([(log - broadcast(mean, log)).exp(), last]).to(self.log_std)
 
     def step(self, x: Tensor, i: int | Tensor, cond: Cond = None) -> Transition:
         """The law of x_{i+1} given x_i = x (b, *d); i a step index, or one per sample (b,). Differentiable."""
@@ -111,7 +140,7 @@ class Sampler(nn.Module):
             raise IndexError(f"steps count from 0 to {self.steps - 1}, got {int(j.min())}")
         x0 = self.denoiser(x, self.times[j].cpu(), cond)
         mean = broadcast(self.of_x[j], x) * x + broadcast(self.of_x0[j], x) * x0
-        return Transition(mean, self.std()[j])
+        return Transition(mean, self.std()[j], 1.0 if self.noise_scale is None else self.noise_scale[j])
 
     def start(self, n: int, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """n states to roll out from: (n, *shape), on the sampler's device."""
@@ -161,7 +190,7 @@ class Sampler(nn.Module):
                 with torch.enable_grad():
                     at = x.detach().requires_grad_(True)
                     (gradient,) = torch.autograd.grad(value(at, i + 1, cond).sum(), at)
-                x = x - guidance * broadcast(law.std, x) * gradient
+                x = x - guidance * law.deviation() * gradient
         return x
 
 
@@ -178,26 +207,27 @@ def start_where_data_are(sampler: Sampler, gaussian: Gaussian) -> None:
 
 @torch.no_grad()
 def posterior_std(sampler: Sampler, data: Tensor, noise: Tensor, cond: Cond = None) -> Tensor:
-    """The noise that gives every step but the last its right variance, x0 being unknown: (N-1,).
+    """The noise that gives every step but the last its right variance in each dimension, x0 being unknown: (N-1, *d).
 
-    std_i^2 = std0_i^2 + of_x0_i^2 E|x_0 - E[x_0 | x_i]|^2/D, whose mean is measured on data (b, *d) with standard normal noise
-    (b, *d): the optimal isotropic variance of Bao et al. (Analytic-DPM, 2022, Theorem 1), from squared errors.
+    std_i^2 = std0_i^2 + of_x0_i^2 E(x_0 - E[x_0 | x_i])^2, whose mean is measured on data (b, *d) with standard normal noise
+    (b, *d): the optimal diagonal covariance of Bao et al. (2022, Analytic-DPM, Theorem 1, and after it "Estimating the Optimal
+    Covariance with Imperfect Mean"), from squared errors, without what a state says of them.
     """
     path, known = sampler.path, ancestral_std(sampler.path, sampler.times[:-1].cpu(), sampler.times[1:].cpu())
     found = []
     for i in range(sampler.steps - 1):
         t = sampler.times[i].cpu()
         x = path.noised(data, noise, t)
-        error = ((sampler.denoiser(x, t, cond) - data) ** 2).double().mean().cpu()
+        error = ((sampler.denoiser(x, t, cond) - data) ** 2).double().mean(0).cpu()
         found.append(torch.sqrt(known[i] ** 2 + sampler.of_x0[i].cpu() ** 2 * error))
-    return torch.stack(found) if found else known[:0]
+    return torch.stack(found) if found else known.new_zeros(0, *data.shape[1:])
 
 
 def in_steps(sampler: Sampler, steps: int) -> Sampler:
     """The same network in another number of steps: levels on the curve through its own, step noises from the same levels.
 
-    What a step's variance has beyond ancestral sampling's is of_x0^2 times the error of x0 at the level it starts from
-    (`posterior_std`). That error, which the learned noise implies, is interpolated over the levels in units of
+    What a step's variance has beyond ancestral sampling's, in each dimension, is of_x0^2 times the error of x0 at the level it
+    starts from (`posterior_std`). That error, which the learned noise implies, is interpolated over the levels in units of
     sigma^2/(alpha^2 + sigma^2), which it has where the data are N(0, I), so that both ends are right. A sampler of one step
     implies none: its other steps' noise is ancestral.
 
@@ -213,10 +243,14 @@ def in_steps(sampler: Sampler, steps: int) -> Sampler:
     other = Sampler(sampler.denoiser, curve.times(path, steps), float(sampler.last_std)).to(sampler.log_std.device)
     other.start_mean, other.start_basis = sampler.start_mean, sampler.start_basis
     if min(steps, sampler.steps) > 1:
-        known, new = (ancestral_std(path, s.times[:-2].cpu(), s.times[1:-1].cpu()) for s in (sampler, other))
-        excess = (sampler.std().detach().cpu()[:-1] ** 2 - known**2) / sampler.of_x0.cpu()[:-1] ** 2
+        noise = sampler.noise()[:-1].double().cpu()
+        std = noise.reshape(len(noise), -1)
+        known, new = (ancestral_std(path, s.times[:-2].cpu(), s.times[1:-1].cpu())[:, None] for s in (sampler, other))
+        of_x0, of_x0_new = (s.of_x0[:-1, None].cpu() for s in (sampler, other))
         at, where = angles[:-2].flip(0), path.angle(other.times.cpu()[:-2])
-        error = torch.from_numpy(np.interp(bend(where), bend(at), excess.flip(0) / at.sin() ** 2)) * where.sin() ** 2
-        variance = (new**2 + other.of_x0.cpu()[:-1] ** 2 * error).clamp(min=0.01 * new**2)
-        other.log_std.data.copy_(variance.log() / 2)
+        weights = np.stack([np.interp(bend(where), bend(at), level) for level in np.eye(len(at))], 1)  # of the levels, in each
+        error = ((std**2 - known**2) / of_x0**2).flip(0) / at.sin()[:, None] ** 2
+        error = torch.from_numpy(weights) @ error * where.sin()[:, None] ** 2
+        variance = (new**2 + of_x0_new**2 * error).clamp(min=0.01 * new**2)
+        other.set_noise(variance.sqrt().reshape(-1, *noise.shape[1:]))
     return other
