@@ -38,7 +38,6 @@ from fewstep import models
 from fewstep.data import Data, load_data
 from fewstep.denoiser import Denoiser
 from fewstep.networks import ScalarMLP
-from fewstep.path import broadcast
 from fewstep.run import write_json
 from fewstep.sampler import Sampler
 from fewstep.schedule import karras
@@ -94,8 +93,7 @@ class Run:
 def log_prob(sampler: Sampler, x: Tensor, i: Tensor, x_next: Tensor) -> Tensor:
     """Of transitions (b, *d) in steps i (b,), without its constant: (b,), mean per dimension."""
     law = sampler.step(x, i)
-    std = broadcast(law.std.detach(), x)
-    return -(((x_next - law.mean) / std) ** 2).flatten(1).mean(1) / 2
+    return -(((x_next - law.mean) / law.deviation().detach()) ** 2).flatten(1).mean(1) / 2
 
 
 def critic_step(run: Run, data: Tensor, states: Tensor) -> None:

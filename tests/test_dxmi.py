@@ -192,6 +192,11 @@ def test_rollouts_know_the_density_of_their_states():
     for k in range(4):
         torch.testing.assert_close(known[k], state.value.density(states[k], k))
     assert with_density(state_of(density_iterations=0).value, states, None).density is None
+    told, labels = Value((2,), torch.ones(4), density=True, classes=3), torch.arange(6) % 3
+    known = with_density(told, states, {"class_labels": labels}).density
+    for k in range(4):
+        torch.testing.assert_close(known[k], told.density(states[k], k, {"class_labels": labels}))
+        assert not torch.allclose(known[k], told.density(states[k], k))
 
 
 def test_with_entropy_only_the_noise_finds_the_maximum_entropy_of_the_bound():
@@ -550,6 +555,25 @@ def test_value_guidance_moves_down_the_value():
     assert torch.allclose(guided[:, 1], plain[:, 1], atol=1e-5)
 
 
+def test_value_guidance_moves_each_dimension_by_its_own_noise():
+    """With x0 = x the state stays where it is but for noise and guidance, which then add up over the steps."""
+
+    class Same(Denoiser):
+        path, shape = VE(0.1, 10), (2,)
+
+        def forward(self, x, t, cond=None):
+            return x
+
+    sampler = Sampler(Same(), karras(0.1, 10).times(Same.path, 3), 0.1)
+    sampler.set_noise(torch.tensor([[1.0, 0.5], [0.1, 0.3]]))
+    start = sampler.start(5, (2,), torch.Generator().manual_seed(0))
+    plain, guided = (
+        sampler.sample(start, torch.Generator().manual_seed(1), value=lambda x, i, cond: -x.sum(1), guidance=weight)
+        for weight in (0.0, 0.5)
+    )
+    torch.testing.assert_close(guided - plain, 0.5 * sampler.noise().sum(0).expand(5, 2), rtol=1e-4, atol=1e-5)
+
+
 # --- the guard ----------------------------------------------------------------------------------------------------------
 
 
@@ -663,11 +687,12 @@ def test_the_pace_survives_an_iteration_that_failed_and_goes_back_with_the_weigh
 def test_a_deterministic_last_step_does_not_count_as_a_huge_move():
     """The divergence is over the steps that have noise, in closed form; with none of them it still is a finite number."""
     state, x, i = state_of(last_std=0.0), torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), torch.arange(6) // 2
+    state.sampler.set_noise(torch.tensor([[1.0, 0.5], [0.1, 0.3]]))
     with torch.no_grad():
         before = state.sampler.step(x, i)
         for p in state.sampler.denoiser.parameters():
             p.add_(1e-3)
-        moved = ((state.sampler.step(x, i).mean - before.mean) ** 2).sum(1)[:4] / (2 * before.std[:4] ** 2)
+        moved = ((state.sampler.step(x, i).mean - before.mean) ** 2 / (2 * state.sampler.noise()[i] ** 2)).sum(1)[:4]
     assert dxmi.divergence(state, before, x, i, None) == pytest.approx(float(moved.mean()), rel=1e-5)
     assert 0 < dxmi.divergence(state, dxmi.Transition(before.mean[4:], before.std[4:]), x[4:], i[4:], None) < 1
 
@@ -966,6 +991,17 @@ def test_a_rewards_start_is_that_of_the_tilted_data():
     state = state_of(VE(0.1, 10), iterations=1, density_iterations=1)
     dxmi.start_sampler(state, make_goal(data, reward=lambda x: (x[:, 0] > 250).float(), weight=20.0))
     assert torch.allclose(state.averaged.module.start_mean, torch.full((2,), 500.0), atol=5)
+
+
+def test_each_dimension_starts_with_the_noise_that_its_data_need():
+    state, g = state_of(VE(0.1, 10), iterations=2, density_iterations=1), torch.Generator().manual_seed(0)
+    data = torch.randn(2000, 2, generator=g) * torch.tensor([1.0, 3.0])  # the model is exact for 1 and 1
+    for _ in finetune(state, data):
+        pass
+    noise, wanted = torch.randn(2000, 2, generator=g), state.averaged.module
+    error = posterior_std(wanted, data, noise).float()
+    torch.testing.assert_close(wanted.noise()[:-1], error, rtol=0.05, atol=0)
+    assert bool((error[:, 1] > 1.2 * error[:, 0]).all())
 
 
 def test_without_a_density_there_is_no_score_to_stand_in_for():

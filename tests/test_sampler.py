@@ -146,6 +146,7 @@ def test_a_step_per_sample_equals_step_by_step(path):
     sampler = Sampler(ring(path=path), levels(path), last_std=0.1)
     with torch.no_grad():
         sampler.log_std.add_(0.3 * torch.randn(sampler.steps - 1, generator=seeded(1)))
+    sampler.set_noise(sampler.std()[:-1, None] * torch.rand(sampler.steps - 1, 2, generator=seeded(4)))
     x = torch.randn(30, 2, generator=seeded(2), dtype=torch.float64)
     i = torch.randint(sampler.steps, (30,), generator=seeded(3))
     assert len(i.unique()) == sampler.steps
@@ -155,6 +156,8 @@ def test_a_step_per_sample_equals_step_by_step(path):
         alone = sampler.step(x[k : k + 1], int(i[k]))
         torch.testing.assert_close(together.mean[k], alone.mean[0], rtol=1e-10, atol=1e-12)
         assert torch.equal(together.std[k], alone.std)
+        assert torch.equal(together.deviation()[k], alone.deviation())
+    torch.testing.assert_close(together.deviation().float(), sampler.noise()[i])
     mean = sampler.step(x, torch.tensor(2)).mean
     torch.testing.assert_close(mean, sampler.step(x, torch.full((30,), 2)).mean, rtol=1e-10, atol=1e-12)
 
@@ -272,6 +275,12 @@ def test_conditions_reach_the_model_in_every_step():
     start = plain.start(3, (2,), seeded(0))
     torch.testing.assert_close(plain.rollout(start, seeded(1), {"label": label})[-1], label[:, None].expand(3, 2))
     torch.testing.assert_close(guided.rollout(start, seeded(1), {"label": label})[-1], 3 * label[:, None].expand(3, 2))
+
+
+def test_noise_for_another_number_of_steps_is_refused():
+    sampler = Sampler(ring(), levels(VE()))
+    with pytest.raises(ValueError, match=f"noise of its own in {sampler.steps - 1}, got 1"):
+        sampler.set_noise(torch.full((1, 2), 0.5))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -228,7 +228,10 @@ def squared_velocity(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor)
 
 
 def running_cost(state: FinetuneState, i: Tensor, x: Tensor, x_next: Tensor, std: Tensor) -> Tensor:
-    """c_i of transitions x -> x_next (b, *d) in steps i (b,) with noise std (b,): (b,), nats, mean per dimension, times tau."""
+    """c_i of transitions x -> x_next (b, *d) in steps i (b,) with noise std (b,): (b,), nats, mean per dimension, times tau.
+
+    std is the geometric mean over dimensions, whose logarithm is the entropy whatever each dimension's share of the noise.
+    """
     entropy = -torch.where(state.noisy[i], std, 1.0).log()
     velocity = squared_velocity(state, i, x, x_next) / (2 * state.back_variance[i])
     return state.value.tau * state.noisy[i] * (entropy + velocity)
@@ -493,7 +496,7 @@ def iterate(state: FinetuneState, goal: Goal, processes: Processes = ALONE) -> d
         with in_half:
             found = roll_out(sampler, sampler.start_from(of_rollouts[0]), of_rollouts[1:], conds[0])
         state.rollouts = with_density(state.value, found, conds[0])
-        if state.velocity_decay < 1:  # as often as there are iterations
+        if state.velocity_decay < 1:  # as much as its iterations would
             i = torch.arange(steps, device=data.device).repeat_interleave(found.shape[1])
             squared = squared_velocity(state, i, found[:-1].flatten(0, 1), found[1:].flatten(0, 1)).reshape(steps, -1)
             state.back_variance.lerp_(processes.average(squared.mean(1)), 1 - state.velocity_decay**served)

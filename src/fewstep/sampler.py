@@ -45,7 +45,7 @@ class Transition(NamedTuple):
 
     def deviation(self) -> Tensor:
         """Of each dimension: like mean, or what broadcasts to it."""
-        return broadcast(self.std, self.mean) * self.scale
+        return broadcast(self.std, self.mean) * torch.as_tensor(self.scale).to(self.mean)
 
 
 class Sampler(nn.Module):
@@ -86,7 +86,7 @@ class Sampler(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         for name in ("start_mean", "start_basis", "noise_scale"):  # of the data's shape, which only the file knows
             found = state_dict.get(prefix + name)
-            setattr(self, name, None if found is None else torch.empty_like(found, device=self.log_std.device))
+            setattr(self, name, None if found is None else self.log_std.new_empty(found.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
@@ -123,8 +123,11 @@ class Sampler(nn.Module):
     def set_noise(self, std: Tensor) -> None:
         """Give every step but the last this noise, (N-1, *d), or (N-1,) if it is the same in all dimensions.
 
-        Its geometric mean over dimensions goes on being learned, each dimension's share of it does not.
+        Its geometric mean over dimensions goes on being learned, each dimension's share of it does not. Raises ValueError for
+        another number of steps.
         """
+        if len(std) != self.steps - 1:
+            raise ValueError(f"a sampler of {self.steps} steps has noise of its own in {self.steps - 1}, got {len(std)}")
         log = std.double().log()
         mean = log.flatten(1).mean(1) if log.ndim > 1 else log
         self.log_std.copy_(mean)
@@ -180,7 +183,8 @@ class Sampler(nn.Module):
     ) -> Tensor:
         """Samples (b, *d): a rollout whose last step is its mean, without noise. N evaluations per sample.
 
-        value, guidance: value guidance, x_{i+1} - guidance std_i grad V(x_{i+1}, i+1) after every step (DxMI, Eq. 11).
+        value, guidance: value guidance, x_{i+1} - guidance std_i grad V(x_{i+1}, i+1) after every step (DxMI, Eq. 11), std_i
+        being each dimension's own.
         """
         x = start
         for i in range(self.steps):
@@ -211,7 +215,7 @@ def posterior_std(sampler: Sampler, data: Tensor, noise: Tensor, cond: Cond = No
 
     std_i^2 = std0_i^2 + of_x0_i^2 E(x_0 - E[x_0 | x_i])^2, whose mean is measured on data (b, *d) with standard normal noise
     (b, *d): the optimal diagonal covariance of Bao et al. (2022, Analytic-DPM, Theorem 1, and after it "Estimating the Optimal
-    Covariance with Imperfect Mean"), from squared errors, without what a state says of them.
+    Covariance with Imperfect Mean"), the same for all states.
     """
     path, known = sampler.path, ancestral_std(sampler.path, sampler.times[:-1].cpu(), sampler.times[1:].cpu())
     found = []
@@ -229,7 +233,8 @@ def in_steps(sampler: Sampler, steps: int) -> Sampler:
     What a step's variance has beyond ancestral sampling's, in each dimension, is of_x0^2 times the error of x0 at the level it
     starts from (`posterior_std`). That error, which the learned noise implies, is interpolated over the levels in units of
     sigma^2/(alpha^2 + sigma^2), which it has where the data are N(0, I), so that both ends are right. A sampler of one step
-    implies none: its other steps' noise is ancestral.
+    implies none: its other steps' noise is ancestral. The factor that a step has learned is taken for a part of the error: on
+    levels of the sampler's own that serves other numbers of steps best, but Karras' not in 2 (docs/log.md).
 
     The curve goes on to the path's cleanest level and is read to data, except where it ends there already (named schedules):
     more steps are then read as those are, or some would go below it.
