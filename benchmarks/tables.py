@@ -252,7 +252,7 @@ def anomalies(result: dict | None = None) -> str:
     digits = list(dict.fromkeys(row["digit"] for row in rows))
     lines = [
         f"**A digit that was left out** (`python benchmarks/anomalies.py`, {result['date']}, 8x8 digits, AUROC of each digit "
-        f"against held-out ones of the other nine, {len({row['seed'] for row in rows})} seeds of each)",
+        f"against held-out ones of the other nine, seeds of each: {len({row['seed'] for row in rows})})",
         "",
         f"| score | mean | {' | '.join(map(str, digits))} |",
         f"|---|---|{'---|' * len(digits)}",
