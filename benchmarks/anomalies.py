@@ -10,6 +10,7 @@ auroc: share of pairs of a held-out digit of the nine and one of the tenth in wh
     denoising error                    mean square between a picture and what the model makes of it noised to sigma .5
     density                            A(x, N), that fine-tuning starts from, learned from the data alone
     energy                             of a four-step sampler fine-tuned with all defaults
+    .., reconstruction                 both with --density reconstruction
     autoencoder                        its reconstruction error, through 4 numbers
     autoencoder, fine-tuned            the same as the whole energy of a four-step sampler, as the paper detects anomalies
 
@@ -23,6 +24,7 @@ import argparse
 import datetime
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,6 +50,7 @@ from tables import anomalies
 STEPS, NUMBERS, BATCH = 4, 4, 128
 TRAIN = TrainConfig(iterations=4000, sigma_min=0.2, sigma_max=10.0)
 FINETUNE = FinetuneConfig()
+RECONSTRUCTION = FinetuneConfig(density="reconstruction")
 STRUCTURED = FinetuneConfig(density_iterations=0, lr_value=1e-3)
 FIT = 2000  # steps of Adam for the autoencoder
 DENOISED_AT, DRAWS = 0.5, 32
@@ -135,9 +138,10 @@ def row_of(digit: int, seed: int, shrink: int) -> dict:
         pass
     denoiser = state.averaged.module
     judge("denoising error", lambda x: denoising_error(denoiser, x, DENOISED_AT, DRAWS))
-    value = learned(denoiser, normal, short(FINETUNE))
-    judge("density", lambda x: value.density(x, STEPS))
-    judge("energy", value.energy)
+    for kind, config in (("", FINETUNE), (", reconstruction", RECONSTRUCTION)):
+        value = learned(denoiser, normal, short(config))
+        judge(f"density{kind}", partial(value.density, i=STEPS))
+        judge(f"energy{kind}", value.energy)
     judge("autoencoder, fine-tuned", learned(denoiser, normal, short(STRUCTURED), autoencoder).energy)
     return row
 
@@ -161,6 +165,7 @@ def main() -> None:
         "torch": torch.__version__,
         "train": asdict(TRAIN),
         "finetune": asdict(FINETUNE),
+        "reconstruction": asdict(RECONSTRUCTION),
         "structured": asdict(STRUCTURED),
         "rows": sorted(read_lines(file), key=lambda row: (row["seed"], row["digit"])),
     }

@@ -65,9 +65,10 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(density_iterations=600, batch_size=32)
+SHORT_RUN = FinetuneConfig(iterations=1000, density_iterations=600, batch_size=32)
 PER_STEP = 75  # iterations of MNIST's for each of its steps, whose transitions take turns
 TUNED = "fine-tuned"
+ALIKE = "fine-tuned alike"  # one setting for all: the digits' is the default, and the others' too but for a shorter run
 FINETUNE = {
     "digits": FinetuneConfig(),
     "mnist_slim": SHORT_RUN,
@@ -79,7 +80,7 @@ QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=32, verdict_
 
 @dataclass(frozen=True)
 class Cell:
-    """solver: of `fewstep sample`, TUNED or MOVED. levels: own, karras, or learned: by `fewstep schedule` for DPM++ 2M, else as
+    """solver: of `fewstep sample`, TUNED, ALIKE or MOVED. levels: own, karras, or learned: by `fewstep schedule` for DPM++ 2M, else as
     `fewstep finetune` learns them."""
 
     solver: str
@@ -91,11 +92,15 @@ class Cell:
     def method(self) -> str:
         return f"{self.solver}, {self.levels} levels"
 
+    @property
+    def tuned(self) -> bool:
+        return self.solver in (TUNED, ALIKE)
+
     def __str__(self) -> str:
         return f"{self.method}, {self.steps} steps, seed {self.seed}"
 
 
-def cells(full: int, moved: bool) -> Iterator[Cell]:
+def cells(full: int, moved: bool, alike: bool) -> Iterator[Cell]:
     for steps in (4, 10, 50, full):
         yield Cell("ancestral", "own", steps)
         if moved or steps <= SHORT:
@@ -107,6 +112,9 @@ def cells(full: int, moved: bool) -> Iterator[Cell]:
             yield Cell("dpmpp_2m", levels, steps)
             for seed in range(3):
                 yield Cell(TUNED, levels, steps, seed)
+    for steps in (1, 2, 4, 10) if alike else ():
+        for seed in range(3):
+            yield Cell(ALIKE, "learned", steps, seed)
 
 
 # --- features and classes -----------------------------------------------------------------------------------------
@@ -206,7 +214,7 @@ class Subject:
         return int(path.index(1.0)) if isinstance(path, Tabulated) else 200
 
     def cells(self) -> list[Cell]:
-        return list(cells(20 if self.args.quick else self.full, self.moved))
+        return list(cells(20 if self.args.quick else self.full, self.moved, FINETUNE[self.name] != FinetuneConfig()))
 
     @cached_property
     def net(self) -> Classifier:
@@ -243,7 +251,7 @@ class Subject:
 
     def key(self, cell: Cell) -> dict:
         """What tells a finished row from those of other cells, settings and weights."""
-        settings = asdict(self.finetune_config(cell)) if cell.solver == TUNED else None
+        settings = asdict(self.finetune_config(cell)) if cell.tuned else None
         count = self.args.count if cell.steps <= SHORT or self.pixels else self.args.few
         about = {"count": count, "few": self.args.few, "fingerprint": fingerprint(self.denoiser.state_dict().values())}
         return {"model": self.name} | asdict(cell) | about | {"settings": settings}
@@ -252,8 +260,8 @@ class Subject:
         return replace(QUICK_LEARN if self.args.quick else LEARN, sigma_min=self.range[0], sigma_max=self.range[1])
 
     def finetune_config(self, cell: Cell) -> FinetuneConfig:
-        config = replace(FINETUNE[self.name], seed=cell.seed)
-        if self.name == "mnist_slim":
+        config = replace(SHORT_RUN if cell.solver == ALIKE else FINETUNE[self.name], seed=cell.seed)
+        if cell.solver == TUNED and self.name == "mnist_slim":
             config = replace(config, iterations=PER_STEP * cell.steps)
         return replace(config, iterations=10, density_iterations=10, batch_size=16) if self.args.quick else config
 
@@ -297,7 +305,7 @@ class Subject:
 
     def ready(self, cell: Cell) -> tuple[Denoiser | Sampler, str, Tensor]:
         """What a cell is sampled with: a model with its solver, or a sampler, and the times."""
-        if cell.solver == TUNED:
+        if cell.tuned:
             sampler = self.sampler(cell)
             return sampler, "", sampler.times.cpu()
         times = self.times(cell)
@@ -411,12 +419,13 @@ def document(folder: Path, before: dict) -> dict:
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
         own = [row for row in rows if row["model"] == name]
-        told = ("seed", "iterations")  # in the rows
-        settings = [{k: v for k, v in row["settings"].items() if k not in told} for row in own if row["settings"]]
-        if any(each != settings[0] for each in settings):
-            raise SystemExit(f"fine-tuned rows of {name} have different settings; run them again with one")
+        settings: dict[str, dict] = {}
+        for row in (row for row in own if row["settings"]):
+            told = {k: v for k, v in row["settings"].items() if k not in ("seed", "iterations")}  # which are in the rows
+            if settings.setdefault(row["solver"], told) != told:
+                raise SystemExit(f"{row['solver']} rows of {name} have different settings; run them again with one")
         kept = ("method", "solver", "levels", "steps", "seed", "iterations", "evaluations", "at", "kept", "sigmas", "seconds")
-        found[name] = json.loads(file.read_text()) | {"finetune": settings[0] if settings else None}
+        found[name] = json.loads(file.read_text()) | {"finetune": settings or None}
         own = [row | ({"iterations": row["settings"]["iterations"]} if row["settings"] else {}) for row in own]
         found[name]["rows"] = [{k: row[k] for k in kept if k in row} for row in own]
     return {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "models": found}

@@ -158,6 +158,9 @@ class FinetuneConfig:
     density_iterations: Annotated[int, Field(ge=0)] = 1500
     """Iterations before these, in which the density of the data is learned, which the energy then starts from and is held
     to; 0 is the published method, whose energy starts from nothing and is held to 0."""
+    density: Literal["scalar", "reconstruction"] = "scalar"
+    """Network of the density: any number of x, or an autoencoder's error, which knows strange images better (docs/results.md)
+    and, in two dimensions, modes' weights worse."""
     batch_size: Count = 128
     """Rollouts, and data, per iteration."""
     lr: Positive = 1e-4

@@ -248,10 +248,9 @@ def time_cost(kind: str, steps: int) -> Tensor:
     return torch.full((steps,), 0.05 if kind == "linear" else 0.0)
 
 
-def reward_cost(state: FinetuneState, goal: Goal, x: Tensor) -> Tensor | float:
-    """What the reward adds to the energy of finished samples x (b, *d): (b,)."""
-    if goal.reward is None:
-        return 0.0
+def reward_cost(state: FinetuneState, goal: Goal, x: Tensor) -> Tensor:
+    """What a goal's reward adds to the energy of finished samples x (b, *d): (b,)."""
+    assert goal.reward is not None
     return -state.value.tau * goal.weight / state.value.dimensions * goal.reward(x).to(x)
 
 
@@ -280,7 +279,8 @@ def value_step(
             costs = time_cost(state.config.time_cost, steps).to(x)[i]
         if density is not None:
             costs = costs + value.tau * (density[i + 1, row] - density[i, row])
-        costs[finished] += reward_cost(state, goal, x_next[finished])
+        if goal.reward is not None:
+            costs[finished] += reward_cost(state, goal, x_next[finished])
     found, norms = dict[str, Tensor](), list[float]()
     for data, data_cond in batches:
         with torch.no_grad():
@@ -309,7 +309,7 @@ def mean_of_step(values: Tensor, i: Tensor, steps: int, processes: Processes) ->
     return total / count.clamp(min=1 / processes.count)
 
 
-def chosen(cond: Cond, rows: Tensor) -> Cond:
+def chosen(cond: Cond, rows: Tensor | slice) -> Cond:
     """These rows of each argument of a condition."""
     return None if cond is None else {name: each[rows] for name, each in cond.items()}
 
@@ -321,19 +321,19 @@ def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) ->
     learned in a short while the values will do, but the slopes are worse than the model's. A is then left out, but in a last
     slice that the model does not know.
     """
-    ask = (i < state.value.steps) | state.knows_last
-    if state.model is None or not bool(ask.any()):
+    rest = i[:0] if state.knows_last else (i == state.value.steps).nonzero()[:, 0]
+    if state.model is None or len(rest) == len(x):
         return state.value(x, i, cond)
+    ask = i < state.value.steps if len(rest) else slice(None)
     slices = i[ask].cpu()
     alpha, sigma, t = (each[slices] for each in (state.alpha, state.sigma, state.model_times))
     with torch.no_grad():  # in full precision: a score divides by sigma
         at, slope = x[ask], torch.zeros_like(x)
         on_path = broadcast(state.model.path.alpha(t) / alpha, at) * at  # the last states are data and noise, unscaled
-        x0 = state.model(on_path, t, None if cond is None else {k: v[ask] for k, v in cond.items()})
+        x0 = state.model(on_path, t, chosen(cond, ask))
         slope[ask] = (at - broadcast(alpha, at) * x0) / broadcast(sigma, at) ** 2 / state.value.dimensions
     inner = ((x - x.detach()) * slope).flatten(1).sum(1)  # 0, but for its gradient
-    if not bool(ask.all()):
-        rest = (~ask).nonzero()[:, 0]
+    if len(rest):
         inner = inner.index_add(0, rest, state.value.density(x[rest], i[rest], chosen(cond, rest)))
     return state.value.tau * inner + state.value.correction(x, i, cond)
 
@@ -355,9 +355,9 @@ def sampler_step(
         with torch.no_grad():
             before = state.sampler.step(x, i, cond) if state.config.bf16 else law
     x_next = law.at(noise)
-    finished = i == state.sampler.steps - 1
-    reward = torch.as_tensor(reward_cost(state, goal, x_next[finished])).sum() / len(x)
-    to_go = next_value(state, x_next, i + 1, cond).mean() + reward
+    to_go = next_value(state, x_next, i + 1, cond).mean()
+    if goal.reward is not None:
+        to_go = to_go + reward_cost(state, goal, x_next[i == state.sampler.steps - 1]).sum() / len(x)
     cost = running_cost(state, i, x, x_next, law.std).mean()
     norm = take_step(state.sampler_optimiser, state.sampler.steps * (to_go + cost), processes, state.config.clip)
     found = processes.mean({"value_next": float(to_go.detach()), "running_cost": float(cost.detach())})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.config import FinetuneConfig
 from fewstep.denoiser import Cond, Denoiser
-from fewstep.networks import scalar_net
+from fewstep.networks import Reconstruction, scalar_net
 from fewstep.sampler import Sampler
 
 PUBLISHED_TAU = 0.1  # in two dimensions
@@ -33,7 +33,8 @@ class Value(nn.Module):
     """V(x, i) for steps i = 0..N; `energy(x)` is V(x, N).
 
     radius: (N+1,), the size of the states of each step, `Sampler.radius()`. classes: of a conditional model, whose value
-    takes cond["class_labels"] (b,), the index `classes` meaning no class. density: whether V has the part tau A. shared: one
+    takes cond["class_labels"] (b,), the index `classes` meaning no class. density: whether V has the part tau A;
+    reconstruction: whether A is made of an autoencoder's error (`networks.Reconstruction`) or of any number. shared: one
     function of x for all steps (the paper's, for images). structured: a module x (b, *d) -> (b,) that is the last slice of C,
     in place of a network of ours: an autoencoder's reconstruction error, say (the paper's, for anomalies); with a density it is
     weighted by a gain that is learned from 0.
@@ -52,6 +53,7 @@ class Value(nn.Module):
         classes: int | None = None,
         features: int = 32,
         structured: nn.Module | None = None,
+        reconstruction: bool = False,
     ):
         super().__init__()
         self.steps, self.dimensions, self.shared, self.classes = len(radius) - 1, math.prod(shape), shared, classes
@@ -63,7 +65,7 @@ class Value(nn.Module):
         self.structured = structured
         if structured is not None:
             self.gain = nn.Parameter(torch.zeros(())) if density else 1.0
-        self.density_net = scalar_net(shape, features) if density else None
+        self.density_net = (Reconstruction if reconstruction else scalar_net)(shape, features) if density else None
         if density:  # V starts as the density alone
             nn.init.zeros_(self.critic.last.weight)
             nn.init.zeros_(self.critic.last.bias)
@@ -123,7 +125,10 @@ def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig,
     density, shared = config.density_iterations > 0, config.value == "shared"
     if structured is not None:
         require_energy(structured, shape, config, classes)
-    return Value(shape, sampler.radius(), tau, density, shared, classes, structured=structured)
+    reconstruction = config.density == "reconstruction"
+    return Value(
+        shape, sampler.radius(), tau, density, shared, classes, structured=structured, reconstruction=reconstruction
+    )
 
 
 def require_energy(energy: nn.Module, shape: tuple[int, ...], config: FinetuneConfig, classes: int | None) -> None:

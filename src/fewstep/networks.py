@@ -171,8 +171,8 @@ class ScalarMLP(nn.Module):
         return self.mlp(x.flatten(1), condition)[:, 0]
 
 
-class ScalarConv(nn.Module):
-    """f(x, condition): (b, c, h, w), (b, c) -> (b,), by residual convolutions that halve the image down to 4 to 7 pixels.
+class Halving(nn.Module):
+    """Residual convolutions that halve an image down to 4 to 7 pixels.
 
     Nothing runs at full resolution: four times as fast, and the density's second derivatives are what fine-tuning waits for.
     """
@@ -181,22 +181,75 @@ class ScalarConv(nn.Module):
         super().__init__()
         halvings = max(1, int(math.log2(min(shape[1:]) / 4)))
         widths = [width * min(2**k, 4) for k in range(halvings)]
-        self.halve = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in pairwise([shape[0], *widths]))
+        self.pairs = list(pairwise([shape[0], *widths]))
+        self.halve = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in self.pairs)
         self.blocks = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in widths)
         self.conditions = nn.ModuleList(nn.Linear(condition, b) for b in widths)
+
+    def maps(self, x: Tensor, condition: Tensor) -> list[Tensor]:
+        """The image and what it is after each halving."""
+        found = [x]
+        for halve, block, scale in zip(self.halve, self.blocks, self.conditions, strict=True):
+            h = halve(found[-1])
+            found.append(nn.functional.silu(h + block(nn.functional.silu(h + scale(condition)[:, :, None, None]))))
+        return found
+
+
+class ScalarConv(Halving):
+    """f(x, condition): (b, c, h, w), (b, c) -> (b,)."""
+
+    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 32):
+        super().__init__(shape, condition, width)
         with torch.no_grad():
-            pixels = math.prod(self._shrink(torch.zeros(1, *shape), torch.zeros(1, condition)).shape[1:])
+            pixels = math.prod(self.maps(torch.zeros(1, *shape), torch.zeros(1, condition))[-1].shape[1:])
         self.last = nn.Linear(pixels, 1)
 
-    def _shrink(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = x
-        for halve, block, scale in zip(self.halve, self.blocks, self.conditions, strict=True):
-            h = halve(h)
-            h = nn.functional.silu(h + block(nn.functional.silu(h + scale(condition)[:, :, None, None])))
-        return h
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.last(self.maps(x, condition)[-1].flatten(1))[:, 0]
+
+
+class ConvAutoencoder(Halving):
+    """g(x, condition): (b, c, h, w), (b, c) -> (b, c, h, w), down and up again, each size seeing what was there on the way."""
+
+    def __init__(self, shape: tuple[int, ...], condition: int, width: int = 32):
+        super().__init__(shape, condition, width)
+        self.widen = nn.ModuleList(nn.ConvTranspose2d(b, a, 4, 2, 1) for a, b in self.pairs)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.last(self._shrink(x, condition).flatten(1))[:, 0]
+        found = self.maps(x, condition)
+        h = found.pop()
+        for k, before in reversed(list(enumerate(found))):
+            h = self.widen[k](h, output_size=before.shape[-2:])
+            if k:
+                h = nn.functional.silu(h) + before
+        return h
+
+
+class Reconstruction(nn.Module):
+    """exp(s(condition)) |x - g(x, condition)|^2 / 2 with an autoencoder g: (b, *d), (b, c) -> (b,).
+
+    The form that a denoiser gives to an energy (Salimans & Ho 2021). Its slope has as many numbers to come from as x, and far
+    from the data, which lie near few dimensions of many, it grows as the distance to them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], condition: int):
+        super().__init__()
+        size = math.prod(shape)
+        self.flat = not is_image(shape)
+        self.autoencoder = MLP(size, condition, size, 128, 2) if self.flat else ConvAutoencoder(shape, condition)
+        self.log_scale = nn.Linear(condition, 1)
+        nn.init.zeros_(self.log_scale.weight)
+        nn.init.zeros_(self.log_scale.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = x.flatten(1) if self.flat else x
+        left = (x - self.autoencoder(x, condition)).square().flatten(1).sum(1)
+        return self.log_scale(condition)[:, 0].exp() * left / 2
+
+
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether samples of this shape are for convolutions: images of at least 4 x 4 and more than 256 numbers."""
+    return len(shape) == 3 and min(shape[1:]) >= 4 and math.prod(shape) > MLP_UP_TO
 
 
 def scalar_net(shape: tuple[int, ...], condition: int, width: int | None = None) -> ScalarMLP | ScalarConv:
@@ -204,6 +257,5 @@ def scalar_net(shape: tuple[int, ...], condition: int, width: int | None = None)
 
     width: hidden units of the MLP (128), or channels after the first halving (32).
     """
-    convolutional = len(shape) == 3 and min(shape[1:]) >= 4 and math.prod(shape) > MLP_UP_TO
     given = () if width is None else (width,)
-    return ScalarConv(shape, condition, *given) if convolutional else ScalarMLP(shape, condition, *given)
+    return ScalarConv(shape, condition, *given) if is_image(shape) else ScalarMLP(shape, condition, *given)
