@@ -80,8 +80,8 @@ QUICK_LEARN = replace(LEARN, noises=64, budget=7000, verdict_noises=32, verdict_
 
 @dataclass(frozen=True)
 class Cell:
-    """solver: of `fewstep sample`, TUNED, ALIKE or MOVED. levels: own, karras, or learned: by `fewstep schedule` for DPM++ 2M, else as
-    `fewstep finetune` learns them."""
+    """solver: of `fewstep sample`, TUNED, ALIKE or MOVED. levels: own, karras, or learned: by `fewstep schedule` for DPM++ 2M,
+    else as `fewstep finetune` learns them."""
 
     solver: str
     levels: str

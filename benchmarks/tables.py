@@ -461,7 +461,8 @@ def summary() -> str:
     )
     line(
         "a digit that was left out, AUROC",
-        f"the default energy {anomaly('energy')}, an autoencoder's error as the energy {anomaly('autoencoder, fine-tuned')}",
+        f"the default energy {anomaly('energy')}, with --density reconstruction {anomaly('energy, reconstruction')}, an "
+        f"autoencoder's error as the energy {anomaly('autoencoder, fine-tuned')}",
         f"5 nearest neighbours {anomaly('5 nearest neighbours')}, that autoencoder before {anomaly('autoencoder')}, the "
         f"diffusion model's denoising error alone {anomaly('denoising error')}",
     )

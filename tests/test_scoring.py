@@ -69,7 +69,7 @@ def test_samples_are_read_in_their_order_from_arrays_pictures_and_run_folders(tm
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with points of a ring, a model of them, a sampler, and points inside and outside of the ring."""
+    """A folder with points of a ring, a model of them, samplers with each kind of density, points inside the ring and on it."""
     root, g = tmp_path_factory.mktemp("scores"), torch.Generator().manual_seed(0)
     np.save(root / "points.npy", ring().sample(900, g).numpy())
     np.save(root / "middle.npy", (0.1 * torch.randn(50, 2, generator=g)).numpy())
@@ -77,11 +77,13 @@ def trained(tmp_path_factory):
     data, small = ("--data", root / "points.npy", "--threads", 1), ("--width", 64, "--depth", 2)
     cli.main([str(a) for a in ("train", *data, "--out", root / "model", "--iterations", 1500, "--sigma-min", 0.1, *small)])
     tuning = ("--steps", 2, "--iterations", 10, "--density-iterations", 400, "--schedule", "karras")
-    cli.main([str(a) for a in ("finetune", "--model", root / "model", *data, "--out", root / "sampler", *tuning)])
+    for name, density in (("sampler", "scalar"), ("other", "reconstruction")):
+        tuned = ("finetune", "--model", root / "model", *data, "--out", root / name, *tuning, "--density", density)
+        cli.main([str(a) for a in tuned])
     return root
 
 
-@pytest.mark.parametrize(("model", "kind"), [("model", "denoising error"), ("sampler", "energy")])
+@pytest.mark.parametrize(("model", "kind"), [("model", "denoising error"), ("sampler", "energy"), ("other", "energy")])
 def test_the_command_scores_samples_beside_held_out_data(trained, tmp_path, model, kind, capsys):
     sets = ("--samples", trained / "middle.npy", "--samples", trained / "more.npy")
     run = ("score", "--model", trained / model, "--data", trained / "points.npy", *sets, "--out", tmp_path / "s")

@@ -126,9 +126,7 @@ def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig,
     if structured is not None:
         require_energy(structured, shape, config, classes)
     reconstruction = config.density == "reconstruction"
-    return Value(
-        shape, sampler.radius(), tau, density, shared, classes, structured=structured, reconstruction=reconstruction
-    )
+    return Value(shape, sampler.radius(), tau, density, shared, classes, structured=structured, reconstruction=reconstruction)
 
 
 def require_energy(energy: nn.Module, shape: tuple[int, ...], config: FinetuneConfig, classes: int | None) -> None:
