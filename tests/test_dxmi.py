@@ -104,6 +104,16 @@ def test_the_sampler_step_moves_the_sampler_only_and_the_value_step_the_value_on
     assert any(not torch.equal(v, value_before[k]) for k, v in state.value.state_dict().items())
 
 
+def test_step_noises_without_a_rate_stay_where_they_start():
+    for lr_std, still in ((0.0, True), (3e-4, False)):
+        state = state_of(density_iterations=0, lr_std=lr_std)
+        weights = [p.detach().clone() for p in state.sampler.denoiser.parameters()]
+        for _ in finetune(state, torch.randn(50, 2)):
+            pass
+        assert torch.equal(state.sampler.std()[:-1], state.first_std) == still
+        assert not all(torch.equal(a, b) for a, b in zip(weights, state.sampler.denoiser.parameters(), strict=True))
+
+
 def test_a_rollout_is_the_samplers_steps():
     state = state_of(density_iterations=0)
     start, noise = torch.randn(6, 2), torch.randn(3, 6, 2)

@@ -168,8 +168,8 @@ class FinetuneConfig:
     trust: Positive = 0.05
     """How far an iteration may move the means of the sampler's steps, as a divergence of the policy after it from the one
     before, in nats; lr is lowered where it moves them farther (a trust region, as TRPO has). It falls with the rates."""
-    lr_std: Positive = 3e-4
-    """Adam's rate for the log of the step noises."""
+    lr_std: NotNegative = 3e-4
+    """Adam's rate for the log of the step noises; 0 leaves them where they start, which is no worse on digits (docs/log.md)."""
     lr_value: Positive = 1e-4
     """Adam's rate for the correction of value and energy; above this it learns small data by heart (docs/log.md)."""
     critic_steps: Count = 1
