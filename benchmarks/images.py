@@ -68,7 +68,7 @@ LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch
 SHORT_RUN = FinetuneConfig(iterations=1000, density_iterations=600, batch_size=32)
 PER_STEP = 75  # iterations of MNIST's for each of its steps, whose transitions take turns
 TUNED = "fine-tuned"
-ALIKE = "fine-tuned alike"  # one setting for all: the digits' is the default, and the others' too but for a shorter run
+ALIKE = "fine-tuned alike"  # MNIST and Fashion-MNIST with one setting, SHORT_RUN: the digits' too, but for length and batch
 FINETUNE = {
     "digits": FinetuneConfig(),
     "mnist_slim": SHORT_RUN,
@@ -375,8 +375,10 @@ def picture_key(row: dict) -> str:
 
 
 def rows_in(folder: Path) -> list[dict]:
-    """The last row of every cell."""
+    """The last row of every cell. A setting that is younger than a row has its default there."""
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
+    for row in (row for row in rows if row["settings"]):
+        row["settings"] = asdict(FinetuneConfig()) | row["settings"]
     return list({tuple(row[k] for k in ("model", "solver", "levels", "steps", "seed")): row for row in rows}.values())
 
 

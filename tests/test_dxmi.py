@@ -382,6 +382,10 @@ def test_a_reconstruction_is_half_the_squared_error_of_its_autoencoder_times_its
     torch.nn.init.normal_(net.log_scale.weight)
     alone = torch.cat([net(x[k : k + 1], condition[k : k + 1]) for k in range(4)])
     torch.testing.assert_close(net(x, condition), alone, rtol=1e-4, atol=1e-4)
+    if not net.flat:  # each size sees what was there on the way: without the smallest maps something is left of the image
+        torch.nn.init.zeros_(net.autoencoder.widen[1].weight)
+        one, other = (net.autoencoder(each, condition[:1]) for each in (x[:1], x[1:2]))
+        assert not torch.allclose(one, other)
     last = net.autoencoder.leave if net.flat else net.autoencoder.widen[0]
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.constant_(last.bias, 0.7)
@@ -568,6 +572,28 @@ def test_a_reward_tilts_the_data_and_the_energy():
     state = state_of(tau=0.3, density_iterations=0)
     x = torch.randn(7, 2)
     assert torch.allclose(dxmi.reward_cost(state, goal, x), -0.3 * 2 / 2 * x[:, 0])
+
+
+def test_a_reward_counts_where_a_rollout_ends_and_nowhere_else():
+    """Sampler and value are told tau w/D r(x) less for finished samples: against the same step without a reward."""
+    i, g = torch.tensor([0, 1, 2, 2]), torch.Generator().manual_seed(0)
+    states, noise = torch.randn(4, 4, 2, generator=g), torch.randn(4, 2, generator=g)
+    x, ends, found = states[i, torch.arange(4)], states[3, 2:, 0], []
+    rewarded = make_goal(torch.rand(500, 2, generator=g), reward=lambda x: x[:, 0], weight=2.0)
+    state = state_of(tau=0.3, density_iterations=0, value="shared", time_cost="none")
+    with torch.no_grad():
+        error = state.value(states[i + 1, torch.arange(4)], i + 1) - state.value(x, i)
+        redrawn = state.sampler.step(x, i).at(noise)[2:, 0]
+    for goal in (GOAL, rewarded):
+        one, other = copy.deepcopy(state), copy.deepcopy(state)
+        metrics = sampler_step(one, goal, i, x, one.sampler.step(x, i), noise)
+        learned = value_step(other, goal, [(states[3], None)], Rollouts(states, None, None), i)
+        found.append((metrics["value_next"], learned["value_loss"]))
+    (plain, plain_loss), (told, told_loss) = found
+    assert told - plain == pytest.approx(-0.3 * float(redrawn.sum()) / 4, abs=1e-5)
+    assert plain_loss == pytest.approx(float((error**2).mean()), rel=1e-4)
+    error[2:] -= 0.3 * ends
+    assert told_loss == pytest.approx(float((error**2).mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -1009,8 +1035,9 @@ def test_the_model_is_asked_about_the_last_slice_if_it_takes_noise_off_there(las
     assert not again.knows_last
 
 
-def test_the_models_score_is_that_of_each_samples_class():
-    """Each gradient has its own class's score, in the last slice too, whose noise is .2."""
+@pytest.mark.parametrize("knows_last", [True, False])
+def test_the_models_score_is_that_of_each_samples_class(knows_last):
+    """Each gradient has its own class's score, in the last slice too, whose noise is .2, or there the density's, if told so."""
     torch.manual_seed(0)
     denoiser = make_denoiser((2,), gaussians8.TRAIN, 3)
     for p in denoiser.parameters():
@@ -1018,12 +1045,19 @@ def test_the_models_score_is_that_of_each_samples_class():
     times = karras(0.15, 10).times(denoiser.path, 3)
     config = FinetuneConfig(iterations=10, batch_size=8, score="model", last_std=0.2)
     state, levels = make_state(denoiser, times, config, (2,)), torch.cat([times[:-1], denoiser.path.time(math.atan(0.2))[None]])
-    state.knows_last = True
+    state.knows_last = knows_last
     i, labels = torch.tensor([1, 3, 2, 2, 1, 3]), torch.tensor([0, 1, 2, 0, 1, 2])
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     (found,) = torch.autograd.grad(dxmi.next_value(state, x, i, {"class_labels": labels}).sum(), x)
     for row in range(6):
         one, t = x[row : row + 1].detach(), levels[i[row]]
+        if i[row] == 3 and not knows_last:
+            one, told = one.requires_grad_(True), {"class_labels": labels[row : row + 1]}
+            (exact,) = torch.autograd.grad(state.value.tau * state.value.density(one, 3, told).sum(), one)
+            (other,) = torch.autograd.grad(state.value.tau * state.value.density(one, 3).sum(), one)
+            assert torch.allclose(found[row], exact[0], rtol=1e-4, atol=1e-6)
+            assert not torch.allclose(found[row], other[0], rtol=1e-2)
+            continue
         x0 = denoiser(one, t, {"class_labels": labels[row : row + 1]})
         exact = -state.value.tau / 2 * to_score(x0, one, denoiser.path, t)
         other = -state.value.tau / 2 * to_score(denoiser(one, t), one, denoiser.path, t)

@@ -159,8 +159,8 @@ class FinetuneConfig:
     """Iterations before these, in which the density of the data is learned, which the energy then starts from and is held
     to; 0 is the published method, whose energy starts from nothing and is held to 0."""
     density: Literal["scalar", "reconstruction"] = "scalar"
-    """Network of the density: any number of x, or an autoencoder's error, which knows strange images better (docs/results.md)
-    and, in two dimensions, modes' weights worse."""
+    """Network of the density, where one is learned: any number of x, or an autoencoder's error, whose energy knows digits that
+    were left out better (docs/results.md); in two dimensions it weighs modes worse."""
     batch_size: Count = 128
     """Rollouts, and data, per iteration."""
     lr: Positive = 1e-4
@@ -169,7 +169,7 @@ class FinetuneConfig:
     """How far an iteration may move the means of the sampler's steps, as a divergence of the policy after it from the one
     before, in nats; lr is lowered where it moves them farther (a trust region, as TRPO has). It falls with the rates."""
     lr_std: NotNegative = 3e-4
-    """Adam's rate for the log of the step noises; 0 leaves them where they start, which is no worse on digits (docs/log.md)."""
+    """Adam's rate for the log of the step noises; 0 leaves them where they start: on digits no worse (docs/results.md)."""
     lr_value: Positive = 1e-4
     """Adam's rate for the correction of value and energy; above this it learns small data by heart (docs/log.md)."""
     critic_steps: Count = 1

@@ -321,8 +321,10 @@ def next_value(state: FinetuneState, x: Tensor, i: Tensor, cond: Cond = None) ->
     learned in a short while the values will do, but the slopes are worse than the model's. A is then left out, but in a last
     slice that the model does not know.
     """
+    if state.model is None:
+        return state.value(x, i, cond)
     rest = i[:0] if state.knows_last else (i == state.value.steps).nonzero()[:, 0]
-    if state.model is None or len(rest) == len(x):
+    if len(rest) == len(x):
         return state.value(x, i, cond)
     ask = i < state.value.steps if len(rest) else slice(None)
     slices = i[ask].cpu()

@@ -228,8 +228,8 @@ class ConvAutoencoder(Halving):
 class Reconstruction(nn.Module):
     """exp(s(condition)) |x - g(x, condition)|^2 / 2 with an autoencoder g: (b, *d), (b, c) -> (b,).
 
-    The form that a denoiser gives to an energy (Salimans & Ho 2021). Its slope has as many numbers to come from as x, and far
-    from the data, which lie near few dimensions of many, it grows as the distance to them.
+    The form that a denoiser gives to an energy (Salimans & Ho 2021): the slope comes from as many numbers as x has, and what g
+    has not learned to keep costs its square.
     """
 
     def __init__(self, shape: tuple[int, ...], condition: int):
