@@ -235,7 +235,7 @@ class Reconstruction(nn.Module):
     def __init__(self, shape: tuple[int, ...], condition: int):
         super().__init__()
         size = math.prod(shape)
-        self.flat = not is_image(shape)
+        self.flat = not for_convolutions(shape)
         self.autoencoder = MLP(size, condition, size, 128, 2) if self.flat else ConvAutoencoder(shape, condition)
         self.log_scale = nn.Linear(condition, 1)
         nn.init.zeros_(self.log_scale.weight)
@@ -247,8 +247,8 @@ class Reconstruction(nn.Module):
         return self.log_scale(condition)[:, 0].exp() * left / 2
 
 
-def is_image(shape: tuple[int, ...]) -> bool:
-    """Whether samples of this shape are for convolutions: images of at least 4 x 4 and more than 256 numbers."""
+def for_convolutions(shape: tuple[int, ...]) -> bool:
+    """Whether samples of this shape are images of at least 4 x 4 and more than 256 numbers."""
     return len(shape) == 3 and min(shape[1:]) >= 4 and math.prod(shape) > MLP_UP_TO
 
 
@@ -258,4 +258,4 @@ def scalar_net(shape: tuple[int, ...], condition: int, width: int | None = None)
     width: hidden units of the MLP (128), or channels after the first halving (32).
     """
     given = () if width is None else (width,)
-    return ScalarConv(shape, condition, *given) if is_image(shape) else ScalarMLP(shape, condition, *given)
+    return ScalarConv(shape, condition, *given) if for_convolutions(shape) else ScalarMLP(shape, condition, *given)
