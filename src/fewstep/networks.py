@@ -171,6 +171,12 @@ class ScalarMLP(nn.Module):
         return self.mlp(x.flatten(1), condition)[:, 0]
 
 
+def halvings(shape: tuple[int, ...], width: int) -> list[tuple[int, int]]:
+    """Channels before and after each halving of an image (c, h, w), down to 4 to 7 pixels."""
+    count = max(1, int(math.log2(min(shape[1:]) / 4)))
+    return list(pairwise([shape[0], *(width * min(2**k, 4) for k in range(count))]))
+
+
 class Halving(nn.Module):
     """Residual convolutions that halve an image down to 4 to 7 pixels.
 
@@ -179,12 +185,10 @@ class Halving(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], condition: int, width: int = 32):
         super().__init__()
-        halvings = max(1, int(math.log2(min(shape[1:]) / 4)))
-        widths = [width * min(2**k, 4) for k in range(halvings)]
-        self.pairs = list(pairwise([shape[0], *widths]))
-        self.halve = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in self.pairs)
-        self.blocks = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in widths)
-        self.conditions = nn.ModuleList(nn.Linear(condition, b) for b in widths)
+        pairs = halvings(shape, width)
+        self.halve = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in pairs)
+        self.blocks = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for _, b in pairs)
+        self.conditions = nn.ModuleList(nn.Linear(condition, b) for _, b in pairs)
 
     def maps(self, x: Tensor, condition: Tensor) -> list[Tensor]:
         """The image and what it is after each halving."""
@@ -213,7 +217,7 @@ class ConvAutoencoder(Halving):
 
     def __init__(self, shape: tuple[int, ...], condition: int, width: int = 32):
         super().__init__(shape, condition, width)
-        self.widen = nn.ModuleList(nn.ConvTranspose2d(b, a, 4, 2, 1) for a, b in self.pairs)
+        self.widen = nn.ModuleList(nn.ConvTranspose2d(b, a, 4, 2, 1) for a, b in halvings(shape, width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         found = self.maps(x, condition)
