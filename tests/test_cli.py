@@ -488,6 +488,20 @@ def test_a_model_by_file_and_function(trained, tmp_path):
     assert ring().energy(x).mean() < 4  # about 2.9 on data, over 20 on noise
 
 
+def test_a_sampler_of_an_older_fewstep_has_the_density_that_it_learned(tmp_path):
+    """Its settings do not say which one: there was one alone, of any number of x."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 20)))
+    data, out = ("--data", tmp_path / "x.npy"), tmp_path / "sampler"
+    fewstep("train", *data, "--out", tmp_path / "model", "--iterations", 5, "--width", 16)
+    few = ("--steps", 2, "--schedule", "karras", "--iterations", 4, "--density-iterations", 4, "--density", "scalar")
+    fewstep("finetune", *data, "--model", tmp_path / "model", "--out", out, *few)
+    x, before = torch.randn(5, 20), load_sampler(out)[1]
+    document = json.loads((out / "config.json").read_text())
+    del document["config"]["density"]
+    (out / "config.json").write_text(json.dumps(document))
+    assert torch.equal(load_sampler(out)[1].energy(x), before.energy(x))
+
+
 def test_an_energy_of_a_given_structure(trained, tmp_path, capsys):
     """A tiny autoencoder's reconstruction error, alone, comes back as it was learned."""
     (tmp_path / "mine.py").write_text(

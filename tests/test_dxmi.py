@@ -375,6 +375,13 @@ def test_the_density_is_that_of_the_noised_data_at_every_step(density):
         assert float(((gradient - exact) ** 2).mean().sqrt()) < 0.08 / scale, i
 
 
+@pytest.mark.parametrize(("shape", "reconstruction"), [((2,), False), ((16,), False), ((17,), True), ((1, 8, 8), True)])
+def test_unless_told_a_density_of_many_numbers_is_an_autoencoders_error(shape, reconstruction):
+    denoiser = make_denoiser(shape, TrainConfig())
+    state = make_state(denoiser, karras(0.2, 2.0).times(denoiser.path, 4), FinetuneConfig(), shape)
+    assert isinstance(state.value.density_net, Reconstruction) == reconstruction
+
+
 @pytest.mark.parametrize("shape", [(3,), (1, 8, 8), (1, 28, 28), (3, 17, 22)], ids=str)
 def test_a_reconstruction_is_half_the_squared_error_of_its_autoencoder_times_its_scale(shape):
     """Where the autoencoder says the same of everything it is a parabola around that; each sample's own in any case."""

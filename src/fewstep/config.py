@@ -158,9 +158,10 @@ class FinetuneConfig:
     density_iterations: Annotated[int, Field(ge=0)] = 1500
     """Iterations before these, in which the density of the data is learned, which the energy then starts from and is held
     to; 0 is the published method, whose energy starts from nothing and is held to 0."""
-    density: Literal["scalar", "reconstruction"] = "scalar"
-    """Network of the density, where one is learned: any number of x, or an autoencoder's error, whose energy knows digits that
-    were left out better (docs/results.md); in two dimensions it weighs modes worse."""
+    density: Literal["auto", "scalar", "reconstruction"] = "auto"
+    """Network of the density, where one is learned. scalar: any number of x, which weighs modes better in two dimensions;
+    reconstruction: an autoencoder's error, which knows better what is strange in many (docs/results.md). auto: the first up to
+    16 numbers per sample, the second beyond."""
     batch_size: Count = 128
     """Rollouts, and data, per iteration."""
     lr: Positive = 1e-4

@@ -26,6 +26,7 @@ from fewstep.networks import Reconstruction, scalar_net
 from fewstep.sampler import Sampler
 
 PUBLISHED_TAU = 0.1  # in two dimensions
+SCALAR_UP_TO = 16  # numbers per sample up to which "auto" makes the density of any number of x, not of an autoencoder's error
 SIGMA = 0.5  # of data in [-1, 1]: the middle of a broad optimum on digits (docs/log.md)
 
 
@@ -125,7 +126,7 @@ def make_value(sampler: Sampler, shape: tuple[int, ...], config: FinetuneConfig,
     density, shared = config.density_iterations > 0, config.value == "shared"
     if structured is not None:
         require_energy(structured, shape, config, classes)
-    reconstruction = config.density == "reconstruction"
+    reconstruction = config.density == "reconstruction" or (config.density == "auto" and math.prod(shape) > SCALAR_UP_TO)
     return Value(shape, sampler.radius(), tau, density, shared, classes, structured=structured, reconstruction=reconstruction)
 
 

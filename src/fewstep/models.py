@@ -135,7 +135,8 @@ def load_sampler(folder: str | File, device: str = "cpu") -> tuple[Sampler, Valu
         energy, found = load_energy(str((folder / settings["energy"]).resolve()))
         if found != settings["energy_fingerprint"]:
             raise ValueError(f"{settings['energy']} is not the file any more that {folder} learned with; restore it")
-    value = make_value(sampler, tuple(settings["shape"]), config_of(FinetuneConfig, settings), energy)
+    config = config_of(FinetuneConfig, {"density": "scalar"} | settings)  # older folders' settings do not name it
+    value = make_value(sampler, tuple(settings["shape"]), config, energy)
     load_weights(sampler, folder / SAMPLER)
     load_weights(value, folder / VALUE)
     return sampler.to(device).eval().requires_grad_(False), value.to(device).eval().requires_grad_(False)

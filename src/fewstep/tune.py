@@ -96,7 +96,8 @@ def finetune(
         settings |= {"labels_fingerprint": fingerprint([labels])}
     settings |= data_settings(source, data) | dataclasses.asdict(config) | {"learned_levels": learned}
     if processes.index == 0:
-        before = dataclasses.asdict(FinetuneConfig(score="density"))  # what runs did before there was a choice
+        # what runs did before there was a choice
+        before = dataclasses.asdict(FinetuneConfig(score="density", density="scalar"))
         open_run(out, "finetune", settings, before | {"learned_levels": False})
         if learned:
             schedule.save(out / SCHEDULE)
