@@ -10,7 +10,7 @@ auroc: share of pairs of a held-out digit of the nine and one of the tenth in wh
     denoising error                    mean square between a picture and what the model makes of it noised to sigma .5
     density                            A(x, N), that fine-tuning starts from, learned from the data alone
     energy                             of a four-step sampler fine-tuned with all defaults
-    .., reconstruction                 both with --density reconstruction
+    .., any number                     both with --density scalar
     autoencoder                        its reconstruction error, through 4 numbers
     autoencoder, fine-tuned            the same as the whole energy of a four-step sampler, as the paper detects anomalies
 
@@ -49,8 +49,8 @@ from tables import anomalies
 
 STEPS, NUMBERS, BATCH = 4, 4, 128
 TRAIN = TrainConfig(iterations=4000, sigma_min=0.2, sigma_max=10.0)
-FINETUNE = FinetuneConfig()
-RECONSTRUCTION = FinetuneConfig(density="reconstruction")
+SCALAR = FinetuneConfig(density="scalar")
+FINETUNE = FinetuneConfig()  # of an autoencoder's error
 STRUCTURED = FinetuneConfig(density_iterations=0, lr_value=1e-3)
 FIT = 2000  # steps of Adam for the autoencoder
 DENOISED_AT, DRAWS = 0.5, 32
@@ -138,7 +138,7 @@ def row_of(digit: int, seed: int, shrink: int) -> dict:
         pass
     denoiser = state.averaged.module
     judge("denoising error", lambda x: denoising_error(denoiser, x, DENOISED_AT, DRAWS))
-    for kind, config in (("", FINETUNE), (", reconstruction", RECONSTRUCTION)):
+    for kind, config in ((", any number", SCALAR), ("", FINETUNE)):
         value = learned(denoiser, normal, short(config))
         judge(f"density{kind}", partial(value.density, i=STEPS))
         judge(f"energy{kind}", value.energy)
@@ -158,7 +158,7 @@ def main() -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for digit in args.digits:
-            complete = [row for row in read_lines(file) if "energy, reconstruction" in row["auroc"]]  # older ones are not
+            complete = [row for row in read_lines(file) if "energy, any number" in row["auroc"]]  # older ones are not
             if (digit, seed) not in {(row["digit"], row["seed"]) for row in complete}:
                 append(file, row_of(digit, seed, 100 if args.quick else 1))
     result = {
@@ -166,7 +166,7 @@ def main() -> None:
         "torch": torch.__version__,
         "train": asdict(TRAIN),
         "finetune": asdict(FINETUNE),
-        "reconstruction": asdict(RECONSTRUCTION),
+        "scalar": asdict(SCALAR),
         "structured": asdict(STRUCTURED),
         "rows": sorted(read_lines(file), key=lambda row: (row["seed"], row["digit"])),
     }

@@ -65,7 +65,7 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(iterations=1000, density_iterations=600, batch_size=32)
+SHORT_RUN = FinetuneConfig(iterations=1000, density_iterations=600, batch_size=32, density="scalar")
 PER_STEP = 75  # iterations of MNIST's for each of its steps, whose transitions take turns
 TUNED = "fine-tuned"
 ALIKE = "fine-tuned alike"  # MNIST and Fashion-MNIST with one setting, SHORT_RUN: the digits' too, but for length and batch
@@ -379,7 +379,7 @@ def rows_in(folder: Path) -> list[dict]:
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
     for row in (row for row in rows if row["settings"]):
         row["settings"] = asdict(FinetuneConfig()) | row["settings"]
-    return list({tuple(row[k] for k in ("model", "solver", "levels", "steps", "seed")): row for row in rows}.values())
+    return list({(row["model"], *cell_key(row)): row for row in rows}.values())
 
 
 def add_cell(subject: Subject, cell: Cell) -> None:
@@ -416,7 +416,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def document(folder: Path, before: dict) -> dict:
-    """What the JSON says; models without rows stay as they were before."""
+    """What the JSON says; models stay as they were before, and cells without rows as well, if a solver's settings have."""
     rows, found = rows_in(folder), dict(before.get("models", {}))
     for file in sorted(folder.glob("about-*.json")):
         name = file.stem.removeprefix("about-")
@@ -427,10 +427,17 @@ def document(folder: Path, before: dict) -> dict:
             if settings.setdefault(row["solver"], told) != told:
                 raise SystemExit(f"{row['solver']} rows of {name} have different settings; run them again with one")
         kept = ("method", "solver", "levels", "steps", "seed", "iterations", "evaluations", "at", "kept", "sigmas", "seconds")
-        found[name] = json.loads(file.read_text()) | {"finetune": settings or None}
         own = [row | ({"iterations": row["settings"]["iterations"]} if row["settings"] else {}) for row in own]
-        found[name]["rows"] = [{k: row[k] for k in kept if k in row} for row in own]
+        known = found.get(name, {"finetune": None, "rows": []})
+        settings = (known["finetune"] or {}) | settings
+        same = [row for row in known["rows"] if settings.get(row["solver"]) == (known["finetune"] or {}).get(row["solver"])]
+        cells = {cell_key(row): row for row in [*same, *({k: row[k] for k in kept if k in row} for row in own)]}
+        found[name] = json.loads(file.read_text()) | {"finetune": settings or None, "rows": list(cells.values())}
     return {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "models": found}
+
+
+def cell_key(row: dict) -> tuple:
+    return tuple(row[k] for k in ("solver", "levels", "steps", "seed"))
 
 
 def draw(folder: Path, name: str, rows: list[dict], file: Path) -> None:

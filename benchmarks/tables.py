@@ -461,7 +461,7 @@ def summary() -> str:
     )
     line(
         "a digit that was left out, AUROC",
-        f"the default energy {anomaly('energy')}, with --density reconstruction {anomaly('energy, reconstruction')}, an "
+        f"the energy {anomaly('energy')}, of any number of x {anomaly('energy, any number')}, an "
         f"autoencoder's error as the energy {anomaly('autoencoder, fine-tuned')}",
         f"5 nearest neighbours {anomaly('5 nearest neighbours')}, that autoencoder before {anomaly('autoencoder')}, the "
         f"diffusion model's denoising error alone {anomaly('denoising error')}",
