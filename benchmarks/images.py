@@ -375,10 +375,10 @@ def picture_key(row: dict) -> str:
 
 
 def rows_in(folder: Path) -> list[dict]:
-    """The last row of every cell. A setting that is younger than a row has its default there."""
+    """The last row of every cell. A setting that is younger than a row has there what had been the only choice."""
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
     for row in (row for row in rows if row["settings"]):
-        row["settings"] = asdict(FinetuneConfig()) | row["settings"]
+        row["settings"] = asdict(FinetuneConfig(density="scalar")) | row["settings"]
     return list({(row["model"], *cell_key(row)): row for row in rows}.values())
 
 
