@@ -493,7 +493,8 @@ def test_a_sampler_of_an_older_fewstep_has_the_density_that_it_learned(tmp_path)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 20)))
     data, out = ("--data", tmp_path / "x.npy"), tmp_path / "sampler"
     fewstep("train", *data, "--out", tmp_path / "model", "--iterations", 5, "--width", 16)
-    few = ("--steps", 2, "--schedule", "karras", "--iterations", 4, "--density-iterations", 4, "--density", "scalar")
+    few = ("--steps", 2, "--schedule", "karras", "--batch-size", 16, "--density", "scalar")
+    few += ("--iterations", 4, "--density-iterations", 4)
     fewstep("finetune", *data, "--model", tmp_path / "model", "--out", out, *few)
     x, before = torch.randn(5, 20), load_sampler(out)[1]
     document = json.loads((out / "config.json").read_text())
