@@ -65,7 +65,7 @@ SHOWN = 32  # samples in a picture, of seed 0
 
 # All that is chosen for the learned ones; the rest is fewstep's default, or was, as MNIST's and Fashion-MNIST's density.
 LEARN = LearnConfig(solver="dpmpp_2m", steps=(4, 10), verdict_doublings=1, batch_size=BATCH)
-SHORT_RUN = FinetuneConfig(iterations=1000, density_iterations=600, batch_size=32, density="scalar")
+SHORT_RUN = FinetuneConfig(iterations=1000, density_iterations=600, batch_size=32)
 PER_STEP = 75  # iterations of MNIST's for each of its steps, whose transitions take turns
 TUNED = "fine-tuned"
 ALIKE = "fine-tuned alike"  # MNIST and Fashion-MNIST with one setting, SHORT_RUN: the digits' but for length, batch and density

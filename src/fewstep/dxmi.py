@@ -392,9 +392,11 @@ def keep_pace(state: FinetuneState, found: float) -> None:
 def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, processes: Processes, clip: float = float("inf")) -> float:
     """A gradient step, if the gradient is finite. Returns the norm of the first group's gradient, before clipping to `clip`, or
     whichever norm is not finite."""
-    optimiser.zero_grad()
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimiser.param_groups]
-    loss.backward(inputs=[p for group in groups for p in group])  # nothing else that the loss goes through
+    learn = [p for group in groups for p in group]
+    for p in learn:
+        p.grad = None  # as zero_grad, which takes a fortieth of a small network's iteration
+    loss.backward(inputs=learn)  # nothing else that the loss goes through
     processes.average_gradients(optimiser)
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
     wild = [float(norm) for norm in norms if not norm < math.inf]
