@@ -21,7 +21,7 @@ from fewstep.free import free_schedules
 from fewstep.mixture import ring
 from fewstep.run import load_tree, save_tree
 from fewstep.schedule import Schedule
-from fewstep.tailor import LEARNED_CURVES, LEVELS
+from fewstep.tailor import LEARNED_CURVES, LEVELS, refined_others
 from fewstep.verdict import REPETITIONS
 from test_adapters import dit, sd3, text_unet, unet
 
@@ -186,7 +186,9 @@ def test_a_pipeline_gets_its_schedule_with_a_verdict_and_true_counts(name, solve
     assert seen.samples == spent(about) + (2 if guidance else 1)  # one sample, to see whether the model takes it
     assert seen.largest == 40 * (2 if guidance else 1)  # guidance doubles the batch that the network sees
     row = about["verdict"]["steps"]["4"]
-    assert set(row["errors"]) == {"learned", "default", *free_schedules(1, 2, [4]), *LEARNED_CURVES}
+    entered = {"learned", "default", *free_schedules(1, 2, [4]), *LEARNED_CURVES, *refined_others(learned)}
+    assert set(row["errors"]) == entered
+    assert len(refined_others(learned)) == 2
     assert {"ratio", "low", "high"} == set(row["against_default"])
     assert all(math.isfinite(n) for n in numbers(learned.to_dict()))
     assert 4 in learned.grids

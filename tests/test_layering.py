@@ -15,7 +15,7 @@ LAYERS = [
     ["schedule", "solvers", "metrics"],
     ["free"],
     ["cost", "endpoint"],
-    ["noises", "refine"],
+    ["noises", "refine", "dynamic"],
     ["tailor"],
     ["verdict", "learn"],
     ["baselines"],

@@ -490,7 +490,9 @@ def test_a_refinement_repeats():
     known = reference(ring(), noise(48))
     one, two = (refine(ring(), "dpmpp_2m", 4, known, all_starts(VE()), budget=5000) for _ in range(2))
     assert torch.equal(one.theta, two.theta)
-    assert one[1:] == two[1:]
+    assert one[1:4] == two[1:4]
+    assert one.others.keys() == two.others.keys()
+    assert all(map(torch.equal, one.others.values(), two.others.values()))
 
 
 def test_conditions_follow_their_noises():

@@ -19,6 +19,7 @@ from fewstep.levels import learn_levels
 from fewstep.metrics import sliced_wasserstein
 from fewstep.mixture import Mixture, ring
 from fewstep.path import HALF_PI, VE, VP, Cosine, Linear, Path, Tabulated
+from fewstep.refine import STARTS
 from fewstep.sampler import Sampler, start_where_data_are
 from fewstep.schedule import Schedule, karras, kl_optimal, log_linear
 from fewstep.solvers import STOCHASTIC, evaluations_of, solve
@@ -32,7 +33,9 @@ from fewstep.tailor import (
     entropy_curve,
     fit_curve,
     learned_curves,
+    learned_on_the_way,
     refine_steps,
+    refined_others,
     split_half_error,
     tailor,
     through,
@@ -334,7 +337,27 @@ def test_a_refinement_adds_its_grid_and_leaves_the_curve_and_the_others():
     assert two.provenance["refined"]["4"] == one.provenance["refined"]["4"]
     assert curve.provenance["refined"] == {}
     for note in two.provenance["refined"].values():
-        assert set(note) == {"evaluations", "from", "moved"}
+        assert set(note) == {"evaluations", "from", "moved", "others"}
+
+
+def test_the_other_refinements_come_back_from_the_file_each_for_its_numbers_of_steps(tmp_path):
+    known = reference(ring(), noise(64))
+    schedule = fit_curve(ring(), "euler", known)
+    for n in (4, 6):
+        schedule = refine_steps(ring(), schedule, n, known)
+    schedule.save(tmp_path / "s.json")
+    found = refined_others(Schedule.load(tmp_path / "s.json"))
+    told = {n: schedule.provenance["refined"][str(n)]["others"] for n in (4, 6)}
+    assert found.keys() == {f"refined from {start}" for others in told.values() for start in others}
+    assert all(map(learned_on_the_way, found))
+    for n, others in told.items():
+        assert len(others) == STARTS
+        for start, theta in others.items():
+            same = found[f"refined from {start}"]
+            assert same.angles(n)[:-1].tolist() == theta
+            assert len(theta) == n
+    assert {n for each in found.values() for n in each.grids} == {4, 6}
+    assert refined_others(karras()) == {}
 
 
 def test_the_range_that_is_given_is_the_one_that_is_used():

@@ -288,6 +288,23 @@ def test_a_learned_curve_that_does_best_of_all_is_kept_in_the_schedules_place():
     assert sentences(kept.provenance["verdict"])[0].endswith(f"the file keeps the curve of {best}, {row['errors'][best]:.4g}")
 
 
+def test_another_refinement_that_does_best_of_all_is_kept_in_the_schedules_place(known):
+    note = {"evaluations": 0, "from": "karras", "moved": True, "others": {"karras": winning(known).tolist()}}
+    schedule = replace(GOOD, grids={4: BAD.angles(4)[:-1]}, provenance=LIMITS | {"refined": {"4": note}})
+    entered = entrants(schedule, [4, 6])
+    assert "refined from karras" in entered[4]
+    assert "refined from karras" not in entered[6]
+    verdict = judge(ring(), "euler", schedule, [4, 6], known)
+    row = verdict["steps"]["4"]
+    assert row["best_rival"] == "refined from karras"
+    assert row["best_free"] in free_schedules(**LIMITS, steps=[4])
+    kept = guard(schedule, verdict)
+    assert kept.provenance["verdict"]["kept"]["4"] == "refined from karras"
+    assert torch.equal(kept.angles(4)[:-1], winning(known))
+    error = row["errors"]["refined from karras"]
+    assert sentences(kept.provenance["verdict"])[0].endswith(f"the file keeps the levels refined from karras, {error:.4g}")
+
+
 def winning(known: Reference) -> Tensor:
     """Four levels for Euler, better than any free ones on these noises."""
     runs = Runs(ring(), "euler", known.noise)

@@ -46,7 +46,7 @@ from fewstep.run import fingerprint, load_tree, open_run, save_tree
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of
 from fewstep.tailor import LEVELS, draw_noise, fit_curve, refine_steps, require_budget
-from fewstep.verdict import OURS, REPETITIONS, Squares, entrants, guard, interval, measure_of, number, settle, squares_of
+from fewstep.verdict import NO_RIVALS, REPETITIONS, Squares, entrants, guard, interval, measure_of, number, settle, squares_of
 
 REFERENCE, DRAFT = "reference.safetensors", "draft.json"
 FINE = 96  # levels of the verdict's reference
@@ -255,7 +255,7 @@ def check(
     form = shape_of(denoiser, shape)
     require_answer(denoiser, form, cond, device)
     grids = {
-        n: {name: theta for name, theta in entered.items() if name in OURS or name in before["steps"][str(n)]["errors"]}
+        n: {k: theta for k, theta in entered.items() if k in NO_RIVALS or k in before["steps"][str(n)]["errors"]}
         for n, entered in entrants(schedule, steps, denoiser.default_levels).items()
     }  # an older file's verdict may have had fewer rivals
     now = judged_afresh(denoiser, schedule.made_for(), grids, before["solver"], config, form, about, device, meter)

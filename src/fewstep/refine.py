@@ -26,17 +26,19 @@ from fewstep.solvers import evaluations_of
 BUDGET = 15_000  # evaluations of the network for one number of steps
 LEAST_GAP = 1e-3
 SCREENING = 32  # noises that the starts are tried on
-STARTS = 3  # tried starts that are then moved
+STARTS = 2  # tried starts that are then moved
 STOP = 2e-3  # relative gain of a step below which a Jacobian is renewed, or the search ends
 
 
 class Refined(NamedTuple):
-    """theta: (N,) levels. evaluations: spent on the way. start: the schedule it came from. moved: whether it left that."""
+    """theta: (N,) levels. evaluations: spent on the way. start: the schedule it came from. moved: whether it left that.
+    others: the levels that it ended at on fewer noises, by the start that they came from."""
 
     theta: Tensor
     evaluations: int
     start: str
     moved: bool
+    others: dict[str, Tensor]
 
 
 class Bounds(NamedTuple):
@@ -216,4 +218,5 @@ def refine(
     errors = [mean_square(judge, theta, judge_ends) for theta in candidates]
     best = errors.index(min(errors))
     spent = screen.evaluations + fit.evaluations + judge.evaluations
-    return Refined(candidates[best], spent, names[0] if best == 0 else start, moved=best > 0)
+    others = {name: unbend(bent) for name, (bent, _) in moved.items()}
+    return Refined(candidates[best], spent, names[0] if best == 0 else start, best > 0, others)

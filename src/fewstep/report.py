@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from fewstep.schedule import Schedule
-from fewstep.tailor import LEARNED_CURVES
+from fewstep.tailor import learned_on_the_way
 
 plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 COLOURS = {"karras": "C0", "log-linear": "C1", "learned": "C2", "fine-tuned": "C3", "slow": "0.3"}
@@ -81,10 +81,11 @@ def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
         int(n): {name: error for name, error in row["errors"].items() if name not in row.get("given_up", {})}
         for n, row in verdict["steps"].items()
     }
-    colours = {"learned": "C2", "default": "k"} | dict.fromkeys(LEARNED_CURVES, "yellowgreen")
+    entered = list(dict.fromkeys(name for errors in rows.values() for name in errors))
+    colours = {"learned": "C2", "default": "k"} | {name: "yellowgreen" for name in entered if learned_on_the_way(name)}
     others = iter(["C0", "C1", "C3", "C4", "C5", "C6", "C9", "C7", "C8"])
-    for name in dict.fromkeys(name for errors in rows.values() for name in errors):
-        family = name.removesuffix(" to data")
+    for name in entered:
+        family = name if learned_on_the_way(name) else name.removesuffix(" to data")
         new = family not in colours
         if new:
             colours[family] = next(others, "0.7")
@@ -93,8 +94,8 @@ def verdict_figure(file: File, verdict: dict[str, Any]) -> None:
         axis.loglog(list(rows), [errors.get(name) or math.nan for errors in rows.values()], line, **style)
         if new or not free:
             axis.plot([], [], line, **style, label=family)
-    if any(name in LEARNED_CURVES for errors in rows.values() for name in errors):
-        axis.plot([], [], "o-", color="yellowgreen", ms=4, lw=1, label=", ".join(LEARNED_CURVES))
+    if any(map(learned_on_the_way, entered)):
+        axis.plot([], [], "o-", color="yellowgreen", ms=4, lw=1, label="learned on the way")
     axis.plot([], [], "ko", ms=4, label="down to sigma_min and then data")
     axis.plot([], [], "kv", ms=4, label="to data")
     axis.set_xticks(list(rows), [f"{n}" for n in rows])

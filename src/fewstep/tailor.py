@@ -3,7 +3,8 @@
 1. `reference`: where the ODE takes some noises, and how the model's belief bends on the way.
 2. Curves: of equal local error; of equal entropy; through the refined levels of one middling number of steps; and free
    ones. The one with the least endpoint error, over several numbers of steps and noises that nothing was fitted to, is kept.
-3. `refine`: below about ten steps no curve is right for all numbers, so each number asked for gets its own levels.
+3. `refine`: below about ten steps no curve is right for all numbers, so each number asked for gets its own levels, from any of
+   these or from `best_route`.
 
 Nothing differentiates the network. The curve costs at most `budget` evaluations, and every refined number as much again.
 A stochastic solver has no endpoint to compare. Its levels are those of the same solver without the noise (`NOISELESS`): what
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, shape_of
+from fewstep.dynamic import SHARE, best_route
 from fewstep.endpoint import (
     Midway,
     Reference,
@@ -46,6 +48,7 @@ from fewstep.solvers import NOISELESS, evaluations_of
 
 NOISES, LEVELS = 128, 48
 LEARNED_CURVES = ("equal local error", "equal entropy")
+REFINED_FROM = "refined from "
 DRAWS = 6  # of data and noise per level, for the entropy
 DAMPING = 0.05  # share of the mean length in every step of the curve of equal local error
 TRIED_AT = (5, 9, 16)  # numbers of steps at which the curves compete
@@ -73,12 +76,27 @@ def entropy_curve(known: Reference, errors: Tensor, pure_noise: bool) -> Schedul
     return from_costs(known.theta, costs, 1, name=LEARNED_CURVES[1], pure_noise=pure_noise, to_data=True)
 
 
+def learned_on_the_way(name: str) -> bool:
+    """Whether `learned_curves` or `refined_others` have something of this name."""
+    return name in LEARNED_CURVES or name.startswith(REFINED_FROM)
+
+
 def learned_curves(schedule: Schedule) -> dict[str, Schedule]:
     """By name: the curves of equal local error and of equal entropy that a schedule of `fit_curve` has in its provenance."""
     found = {}
     for name, u in schedule.provenance.get("curves", {}).items():
         theta = log_linear(*schedule.made_for()).angles(len(u))[:-1]
         found[name] = Schedule(torch.tensor(u, dtype=torch.float64), theta, name, schedule.pure_noise, to_data=True)
+    return found
+
+
+def refined_others(schedule: Schedule) -> dict[str, Schedule]:
+    """By name: the other refinements that `refine_steps` left in a provenance, for some numbers of steps each."""
+    found: dict[str, Schedule] = {}
+    for n, note in schedule.provenance.get("refined", {}).items():
+        for start, theta in note.get("others", {}).items():
+            same = found.get(name := REFINED_FROM + start, replace(schedule, grids={}))
+            found[name] = replace(same, grids=same.grids | {int(n): torch.tensor(theta, dtype=torch.float64)})
     return found
 
 
@@ -122,9 +140,9 @@ def require_budget(
 ) -> None:
     """Raises ValueError where a budget is too small for the curve, or for one of the steps, before anything is spent."""
     shares(solver, noises, budget, noises * steps_of_reference(denoiser, LEVELS) + DRAWS * LEVELS)
-    starts = len(free_schedules(0.1, 1.0)) + 3 + len(CONTENDERS) * (lower is not None)
+    starts = len(free_schedules(0.1, 1.0)) + 4 + len(CONTENDERS) * (lower is not None)
     for n in steps:
-        noises_for(solver, n, starts + (n > 1), budget)  # and DMN's
+        noises_for(solver, n, starts + (n > 1), budget - int(SHARE * budget))  # and DMN's
 
 
 def fit_curve(
@@ -217,18 +235,15 @@ def refine_steps(
     if lower is not None and low < lower < high:
         below = free_schedules(low, lower)
         starts |= {f"{name} from {lower:.3g}": below[name] for name in CONTENDERS}
-    found = refine(
-        denoiser,
-        NOISELESS.get(solver, solver),
-        steps,
-        known,
-        starts,
-        cond=cond,
-        budget=budget,
-        batch_size=batch_size,
-        tick=tick,
-    )
-    note = {"evaluations": found.evaluations, "from": found.start, "moved": found.moved}
+    quiet = NOISELESS.get(solver, solver)
+    about_runs: dict[str, Any] = {"cond": cond, "batch_size": batch_size, "tick": tick}
+    chosen, spent = best_route(denoiser, quiet, steps, known, starts.values(), budget=budget, **about_runs)
+    if chosen is not None:
+        starts["dynamic programming"] = replace(schedule, grids={steps: chosen})
+    left = budget - spent // denoiser.evaluations
+    found = refine(denoiser, quiet, steps, known, starts, budget=left, **about_runs)
+    others = {name: theta.tolist() for name, theta in found.others.items()}
+    note = {"evaluations": spent + found.evaluations, "from": found.start, "moved": found.moved, "others": others}
     grids = schedule.grids | {steps: found.theta}
     return replace(schedule, grids=grids, provenance=about | {"refined": about["refined"] | {str(steps): note}})
 

@@ -22,11 +22,10 @@ from fewstep.free import free_schedules
 from fewstep.metrics import energy_distance_shares
 from fewstep.schedule import Schedule
 from fewstep.solvers import STOCHASTIC, evaluations_of, solve
-from fewstep.tailor import LEARNED_CURVES, learned_curves
+from fewstep.tailor import LEARNED_CURVES, learned_curves, learned_on_the_way, refined_others
 
 Squares = dict[int, dict[str, Tensor]]  # by number of steps and name
 NO_RIVALS = ("learned", "default")  # entrants that could not stand in the schedule's place
-OURS = (*NO_RIVALS, *LEARNED_CURVES)  # those that are not free schedules
 REPETITIONS = 5  # of a stochastic solver, from every noise
 ENDLESS = 1e9  # a ratio from here on is infinite
 WIDE = 1.15  # an interval's upper end over its lower one
@@ -42,13 +41,15 @@ def entrants(
     for n in steps:
         own = default(n) if default is not None else None
         found[n] = {"learned": schedule.angles(n)[:-1]} | ({} if own is None else {"default": own})
-        found[n] |= {name: each.angles(n)[:-1] for name, each in rivals.items() if name != "dmn" or n in each.grids}
+        found[n] |= {name: each.angles(n)[:-1] for name, each in rivals.items() if not each.grids or n in each.grids}
     return found
 
 
 def alternatives(schedule: Schedule, steps: Sequence[int]) -> dict[str, Schedule]:
-    """What could stand in the schedule's place: the free schedules over its range, and the curves learned on the way to it."""
-    return free_schedules(*schedule.made_for(), steps, schedule.pure_noise) | learned_curves(schedule)
+    """What could stand in the schedule's place: the free schedules over its range, and what was learned on the way to it. Those
+    that have grids are for these numbers of steps alone."""
+    free = free_schedules(*schedule.made_for(), steps, schedule.pure_noise)
+    return free | learned_curves(schedule) | refined_others(schedule)
 
 
 def squares_of(
@@ -118,9 +119,9 @@ def measure_of(solver: str) -> str:
 
 def row_of(squares: Mapping[str, Tensor], noises: int) -> dict[str, Any]:
     """One number of steps: the error of every entrant, the best free one, the ratio to it and to the default, with 95 %
-    intervals; best_rival: the best of the free ones and the learned curves; given_up: after how many of the noises those that
+    intervals; best_rival: the best of the alternatives; given_up: after how many of the noises those that
     did not stay to the end were."""
-    learned, best = squares["learned"], best_but(squares, OURS)
+    learned, best = squares["learned"], best_free_of(squares)
     row: dict[str, Any] = {"errors": {name: math.sqrt(max(float(each.mean()), 0.0)) for name, each in squares.items()}}
     row |= {"best_free": best, "against_best_free": ratio(learned, squares[best]), "best_rival": best_but(squares, NO_RIVALS)}
     if "default" in squares:
@@ -135,10 +136,14 @@ def best_but(squares: Mapping[str, Tensor], left_out: Sequence[str]) -> str:
     return min(taking_part, key=lambda name: float(squares[name].mean()))
 
 
+def best_free_of(squares: Mapping[str, Tensor]) -> str:
+    return best_but(squares, [name for name in squares if name in NO_RIVALS or learned_on_the_way(name)])
+
+
 def still_in(entered: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the alternatives whose mean square is above the best one's by more than two standard errors."""
     best = best_but(squares, NO_RIVALS)
-    staying = (*NO_RIVALS, best, best_but(squares, OURS))
+    staying = (*NO_RIVALS, best, best_free_of(squares))
 
     def worse(name: str) -> bool:
         more = squares[name] - squares[best]
@@ -225,8 +230,8 @@ def sentences(verdict: dict[str, Any]) -> list[str]:
         best = f"{interval(versus)} of the best free schedule's ({row['best_free']})"
         said = f", {interval(row['against_default'])} of the model's default's" if "against_default" in row else ""
         kept = verdict.get("kept", {}).get(n, "learned")
-        curve = "the curve of " if kept in LEARNED_CURVES else ""
-        instead = f"{curve}{kept}, {number(row['errors'][kept]):.4g}" if kept != "learned" else ""
+        what = "the curve of " if kept in LEARNED_CURVES else "the levels " if learned_on_the_way(kept) else ""
+        instead = f"{what}{kept}, {number(row['errors'][kept]):.4g}" if kept != "learned" else ""
         end = f"; it does not win, so the file keeps {instead}" if instead else ""
         lines.append(
             f"{n} steps of {verdict['solver']}: {verdict['measure']} {number(row['errors']['learned']):.4g}, {best}{said}{end}"
