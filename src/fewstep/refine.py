@@ -26,7 +26,7 @@ from fewstep.solvers import evaluations_of
 BUDGET = 15_000  # evaluations of the network for one number of steps
 LEAST_GAP = 1e-3
 SCREENING = 32  # noises that the starts are tried on
-STARTS = 2  # tried starts that are then moved
+STARTS = 3  # tried starts that are then moved
 STOP = 2e-3  # relative gain of a step below which a Jacobian is renewed, or the search ends
 
 
@@ -179,13 +179,14 @@ def refine(
     *,
     cond: Mapping[str, Tensor] | None = None,
     budget: int = BUDGET,
+    move: int = STARTS,
     batch_size: int = 512,
     tick: Callable[[int], object] = ignore,
 ) -> Refined:
     """The levels of `steps` steps with the smallest endpoint error over the reference's noises, from the best of the starts.
 
-    All starts are tried on a few noises, the best STARTS moved on those, the best outcome moved on as many as the budget
-    allows. The first quarter of the noises, which nothing was fitted to, judges between start and outcomes. Spends at
+    All starts are tried on a few noises, the best `move` of them moved on those, the best outcome moved on as many as the
+    budget allows. The first quarter of the noises, which nothing was fitted to, judges between start and outcomes. Spends at
     most `budget` evaluations, twice that where each is two by guidance; raises ValueError where that is too few.
     """
     budget = budget * denoiser.evaluations
@@ -207,7 +208,7 @@ def refine(
         theta = schedule.angles(steps)[:-1]
         tried[name] = mean_square(screen, theta, screen_ends), theta
     names = sorted(tried, key=lambda name: tried[name][0])
-    moved = {name: descend(screen, screen_ends, bend(tried[name][1]), bounds, int(0.15 * budget)) for name in names[:STARTS]}
+    moved = {name: descend(screen, screen_ends, bend(tried[name][1]), bounds, int(0.15 * budget)) for name in names[:move]}
     start = min(moved, key=lambda name: moved[name][1])
 
     judge, judge_ends = on(slice(0, min(held, int(0.1 * budget) // (3 * one_run))))

@@ -42,7 +42,7 @@ from fewstep.endpoint import (
     steps_of_reference,
 )
 from fewstep.free import free_schedules
-from fewstep.refine import BUDGET, bounds_of, descend, noises_for, refine
+from fewstep.refine import BUDGET, STARTS, bounds_of, descend, noises_for, refine
 from fewstep.schedule import Schedule, bend, from_costs, log_linear, unbend
 from fewstep.solvers import NOISELESS, evaluations_of
 
@@ -241,7 +241,8 @@ def refine_steps(
     if chosen is not None:
         starts["dynamic programming"] = replace(schedule, grids={steps: chosen})
     left = budget - spent // denoiser.evaluations
-    found = refine(denoiser, quiet, steps, known, starts, budget=left, **about_runs)
+    move = STARTS - (chosen is not None)  # which costs as much as moving one of them
+    found = refine(denoiser, quiet, steps, known, starts, budget=left, move=move, **about_runs)
     others = {name: theta.tolist() for name, theta in found.others.items()}
     note = {"evaluations": spent + found.evaluations, "from": found.start, "moved": found.moved, "others": others}
     grids = schedule.grids | {steps: found.theta}
