@@ -91,8 +91,8 @@ TRAINED: dict[str, tuple[int, dict[str, Any]]] = {
     REFERENCE: (4, {}),
     **{name: (4, {}) for name in LEVELS},
     "the density's score": (4, {"score": "density"}),
-    "an autoencoder's error as the density, the default": (4, {"density": "reconstruction"}),
-    "the same, and its score": (4, {"density": "reconstruction", "score": "density"}),
+    "any number of x as the density": (4, {"density": "scalar"}),
+    "any number of x, and its score": (4, {"density": "scalar", "score": "density"}),
     "step noises as they start": (4, {"lr_std": 0.0}),
     "no trust region": (4, FREE),
     "tau 0": (4, {"tau": 0.0}),
@@ -169,7 +169,7 @@ def run(model: str, file: Path, seeds: int, quick: bool, only: list[str] | None)
         for name, (steps, changed) in TRAINED.items():
             if name in finished or (only and name not in only):
                 continue
-            config = FinetuneConfig(**({"density": "scalar"} | changed), seed=seed)
+            config = FinetuneConfig(**changed, seed=seed)
             if quick:
                 short = {k: min(10, getattr(config, k)) for k in ("iterations", "density_iterations")}
                 config = dataclasses.replace(config, **short)

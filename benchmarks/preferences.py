@@ -50,7 +50,7 @@ Reward = Callable[[Tensor], Tensor]
 
 STEPS, WEIGHTS, PAIRS, FLIPPED, CLOSE = 4, (1.0,), 300, 0.1, 0.1
 TRAIN = TrainConfig(iterations=4000, sigma_min=0.2, sigma_max=10.0)
-FINETUNE = FinetuneConfig(density="scalar")  # the default when these were measured
+FINETUNE = FinetuneConfig()
 SAMPLES = 2000
 HERE = Path(__file__).parent
 

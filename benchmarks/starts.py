@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, file: Path) -> None:
                 if labels is not None
                 else None
             )
-            config = FinetuneConfig(density="scalar", seed=seed)  # the default when these were measured
+            config = FinetuneConfig(seed=seed)
             if args.quick:
                 config = dataclasses.replace(config, iterations=10, density_iterations=10)
             start = judged(drawn(first(denoiser, learned[name], data), data, count, seed, asked), data, asked, net)

@@ -131,6 +131,31 @@ def test_each_noise_keeps_its_condition_and_guidance_counts_twice():
     assert best_route(guided, "euler", 2, again, ends_of(model), cond=cond, budget=100_000)[1] == 2 * spent
 
 
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("which", [0, -1])
+def test_levels_at_which_the_model_overflows_are_passed_by(model, solver, which):
+    known, starts = known_of(model), ends_of(model)
+    theta, places = grid_of(starts, known, 4, False)
+    usual, _ = best_route(model, solver, 4, known, starts, budget=100_000)
+    broken = theta[places[1][which]]
+    assert not bool(torch.isclose(usual, broken).any())
+
+    class Breaking(Counting):
+        """At one level, but not when the teacher comes by, who is the first."""
+
+        met = 0
+
+        def forward(self, x, t, cond=None):
+            y, there = super().forward(x, t, cond), bool(torch.isclose(self.path.angle(t), broken))
+            self.met += there
+            return y * math.inf if there and self.met > 1 else y
+
+    breaking = Breaking(model)
+    chosen, _ = best_route(breaking, solver, 4, known, starts, budget=100_000)
+    assert breaking.met > 1
+    torch.testing.assert_close(chosen, usual)
+
+
 def test_pictures_begin_where_they_are_noised_to(model):
     midway = Midway(model, 2.0, LOW, HIGH)
     noise = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -11,6 +11,7 @@ anywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -102,7 +103,8 @@ def best_route(
         answers = (*route.said, answer)
         told: Iterator[Tensor] = iter(answers)
         x = follow(solver, to_data[[*route.stops, j]], lambda x, t: next(told))
-        return Route((*route.stops, j), answers, float(squared_errors(x, passed[j]).mean()), x)
+        away = float(squared_errors(x, passed[j]).mean())
+        return Route((*route.stops, j), answers, away if math.isfinite(away) else math.inf, x)
 
     kept = {0: Route((0,), (), 0.0, passed[0])}
     for place in (*places[1:], range(len(theta), len(theta) + 1)):
