@@ -285,7 +285,9 @@ def test_a_learned_curve_that_does_best_of_all_is_kept_in_the_schedules_place():
     assert row["best_free"] in free_schedules(**LIMITS, steps=[6])
     assert kept.provenance["verdict"]["kept"] == {"6": best} == {"6": row["best_rival"]}
     assert torch.equal(kept.angles(6), curves[best].angles(6))
-    assert sentences(kept.provenance["verdict"])[0].endswith(f"the file keeps the curve of {best}, {row['errors'][best]:.4g}")
+    assert sentences(kept.provenance["verdict"])[0].endswith(
+        f"; better still, so the file keeps the curve of {best}, {row['errors'][best]:.4g}"
+    )
 
 
 def test_another_refinement_that_does_best_of_all_is_kept_in_the_schedules_place(known):
@@ -302,7 +304,9 @@ def test_another_refinement_that_does_best_of_all_is_kept_in_the_schedules_place
     assert kept.provenance["verdict"]["kept"]["4"] == "refined from karras"
     assert torch.equal(kept.angles(4)[:-1], winning(known))
     error = row["errors"]["refined from karras"]
-    assert sentences(kept.provenance["verdict"])[0].endswith(f"the file keeps the levels refined from karras, {error:.4g}")
+    assert sentences(kept.provenance["verdict"])[0].endswith(
+        f"; better still, so the file keeps the levels refined from karras, {error:.4g}"
+    )
 
 
 def winning(known: Reference) -> Tensor:

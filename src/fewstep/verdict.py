@@ -231,8 +231,9 @@ def sentences(verdict: dict[str, Any]) -> list[str]:
         said = f", {interval(row['against_default'])} of the model's default's" if "against_default" in row else ""
         kept = verdict.get("kept", {}).get(n, "learned")
         what = "the curve of " if kept in LEARNED_CURVES else "the levels " if learned_on_the_way(kept) else ""
-        instead = f"{what}{kept}, {number(row['errors'][kept]):.4g}" if kept != "learned" else ""
-        end = f"; it does not win, so the file keeps {instead}" if instead else ""
+        why = "better still" if learned_on_the_way(kept) else "it does not win"
+        instead = f"; {why}, so the file keeps {what}{kept}, {number(row['errors'][kept]):.4g}"
+        end = instead if kept != "learned" else ""
         lines.append(
             f"{n} steps of {verdict['solver']}: {verdict['measure']} {number(row['errors']['learned']):.4g}, {best}{said}{end}"
         )
